@@ -1,0 +1,1 @@
+"""Benchmarks: where the time to the first token goes, against peers in the same run."""

@@ -1,0 +1,255 @@
+"""FastViTHD, FastVLM's vision tower, in its folded inference form.
+
+Reads top to bottom: small ops → blocks → stages → tower. Attribute names equal the checkpoint's keys. Everything is NHWC.
+What the converter folded away does not exist here: training branches, BatchNorms, layer scales. 1×1 convolutions are
+Linear layers. Source of the architecture: Apple's ml-fastvlm@592b4ad llava/model/multimodal_encoder/mobileclip/mci.py.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fastvlm.config import VisionConfig
+from mlx_fastvlm.kernels import depthwise_conv, gelu, linear_gelu
+
+LAYER_NORM_EPS = 1e-5
+SQUEEZE_RATIO = 0.0625  # squeeze-excite narrows to 1/16 of the channels
+
+
+class DepthwiseConv(nn.Module):
+    """k×k convolution, one group per input channel, 'same' padding, with bias.
+
+    Args:
+        in_channels: C.
+        kernel_size: k, odd.
+        stride: 1 or 2.
+        multiplier: outputs per input channel; output channel o reads input channel o // multiplier.
+    """
+
+    def __init__(self, in_channels: int, kernel_size: int, stride: int = 1, multiplier: int = 1):
+        super().__init__()
+        self.weight = mx.zeros((in_channels * multiplier, kernel_size, kernel_size, 1))
+        self.bias = mx.zeros((in_channels * multiplier,))
+        self._stride = stride
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) → (B, H/stride, W/stride, C·multiplier)."""
+        return depthwise_conv(x, self.weight, self.bias, self._stride)
+
+
+class StemConv(nn.Module):
+    """The one dense convolution: 3×3, stride 2, RGB → width."""
+
+    def __init__(self, out_channels: int):
+        super().__init__()
+        self.weight = mx.zeros((out_channels, 3, 3, 3))
+        self.bias = mx.zeros((out_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, 3) → (B, H/2, W/2, C)."""
+        return mx.conv2d(x, self.weight, stride=2, padding=1) + self.bias
+
+
+class MobileOneBlock(nn.Module):
+    """A convolution (its branches folded into `reparam_conv`) followed by GELU."""
+
+    def __init__(self, reparam_conv: nn.Module):
+        super().__init__()
+        self.reparam_conv = reparam_conv
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if isinstance(self.reparam_conv, nn.Linear):
+            return linear_gelu(x, self.reparam_conv.weight, self.reparam_conv.bias)
+        return gelu(self.reparam_conv(x))
+
+
+class ReparamLargeKernelConv(nn.Module):
+    """Downsampling convolution: depthwise 7×7, stride 2, two outputs per channel, then GELU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.lkb_reparam = DepthwiseConv(in_channels, 7, stride=2, multiplier=out_channels // in_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.lkb_reparam(x))
+
+
+class PatchEmbed(nn.Module):
+    """Halves the map and widens it between two stages: (B, H, W, C) → (B, H/2, W/2, C')."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.proj = [
+            ReparamLargeKernelConv(in_channels, out_channels),
+            MobileOneBlock(nn.Linear(out_channels, out_channels)),
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.proj:
+            x = layer(x)
+        return x
+
+
+class RepCPE(nn.Module):
+    """Conditional positional encoding: depthwise 7×7 with the skip connection inside the kernel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.reparam_conv = DepthwiseConv(channels, 7)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.reparam_conv(x)
+
+
+class RepMixer(nn.Module):
+    """Token mixing by one depthwise 3×3; skip, norm and layer scale are inside the kernel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.reparam_conv = DepthwiseConv(channels, 3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.reparam_conv(x)
+
+
+class ConvFFN(nn.Module):
+    """Depthwise 7×7 (BatchNorm inside) → Linear → GELU → Linear (layer scale inside)."""
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        self.conv = DepthwiseConv(channels, 7)
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.fc2 = nn.Linear(hidden_channels, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(linear_gelu(self.conv(x), self.fc1.weight, self.fc1.bias))
+
+
+class MHSA(nn.Module):
+    """Multi-head self-attention over all positions of a map; `proj` holds the layer scale."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+        self._head_dim = head_dim
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) → (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, -1, self._head_dim).transpose(2, 0, 3, 1, 4)
+        out = mx.fast.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self._head_dim**-0.5)
+        return self.proj(out.transpose(0, 2, 1, 3).reshape(batch, height, width, channels))
+
+
+class LayerNormChannel(nn.Module):
+    """LayerNorm over the channels of each position."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
+
+
+class RepMixerBlock(nn.Module):
+    """Block of stages 1–3."""
+
+    def __init__(self, channels: int, mlp_ratio: int):
+        super().__init__()
+        self.token_mixer = RepMixer(channels)
+        self.convffn = ConvFFN(channels, channels * mlp_ratio)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.token_mixer(x)
+        return x + self.convffn(x)
+
+
+class AttentionBlock(nn.Module):
+    """Block of stages 4 and 5."""
+
+    def __init__(self, channels: int, mlp_ratio: int, head_dim: int):
+        super().__init__()
+        self.norm = LayerNormChannel(channels)
+        self.token_mixer = MHSA(channels, head_dim)
+        self.convffn = ConvFFN(channels, channels * mlp_ratio)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.token_mixer(self.norm(x))
+        return x + self.convffn(x)
+
+
+class SEBlock(nn.Module):
+    """Squeeze-excite: scales each channel by a gate computed from the map's global mean."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        squeezed = int(channels * SQUEEZE_RATIO)
+        self.reduce = nn.Linear(channels, squeezed)
+        self.expand = nn.Linear(squeezed, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # The mean runs over hundreds of positions: in float16 its sum would lose digits.
+        mean = x.astype(mx.float32).mean(axis=(1, 2), keepdims=True).astype(x.dtype)
+        return x * mx.sigmoid(self.expand(mx.maximum(self.reduce(mean), 0)))
+
+
+class ConvExp(nn.Module):
+    """Last widening: depthwise 3×3 with several outputs per channel → squeeze-excite → GELU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.reparam_conv = DepthwiseConv(in_channels, 3, multiplier=out_channels // in_channels)
+        self.se = SEBlock(out_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.se(self.reparam_conv(x)))
+
+
+class FastViTHD(nn.Module):
+    """The whole tower: pixels in [0, 1] → one feature row per 64×64 patch.
+
+    `network` is the flat list of the checkpoint: stage 1, down, stage 2, down, stage 3, down, RepCPE, stage 4, down,
+    RepCPE, stage 5, where a stage is a list of blocks.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        dims = config.embed_dims
+        self.patch_embed = [
+            MobileOneBlock(StemConv(dims[0])),
+            MobileOneBlock(DepthwiseConv(dims[0], 3, stride=2)),
+            MobileOneBlock(nn.Linear(dims[0], dims[0])),
+        ]
+        self.network: list = []
+        for stage, (channels, depth, ratio) in enumerate(zip(dims, config.layers, config.mlp_ratios, strict=True)):
+            attends = stage >= 3
+            if stage > 0:
+                self.network.append(PatchEmbed(dims[stage - 1], channels))
+            if attends:
+                self.network.append(RepCPE(channels))
+                self.network.append([AttentionBlock(channels, ratio, config.head_dim) for _ in range(depth)])
+            else:
+                self.network.append([RepMixerBlock(channels, ratio) for _ in range(depth)])
+        self.conv_exp = ConvExp(dims[-1], config.hidden_size)
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, H, W, 3) in [0, 1], H and W multiples of 64.
+
+        Returns:
+            (B, H/64 · W/64, hidden_size) feature rows, row-major over (H/64, W/64).
+        """
+        x = pixel_values
+        for block in self.patch_embed:
+            x = block(x)
+        for element in self.network:
+            for block in element if isinstance(element, list) else [element]:
+                x = block(x)
+        x = self.conv_exp(x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,0 +1,393 @@
+"""From an image in any form to pixel_values: decode to RGB, fit into a square, resize, scale.
+
+Two calls, so that each can be timed: `open_image` decodes, `ImageProcessor.preprocess` does the rest.
+The pixels equal those of LLaVA's expand2square followed by transformers' CLIPImageProcessor, bit for bit.
+The only module that imports PIL.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from mlx_fastvlm.errors import ConfigError, ImageError, OptionError
+from mlx_fastvlm.image_source import FileSource, read_image_bytes, source_name
+
+ImageSource = FileSource | Image.Image | np.ndarray
+Background = Literal["white", "black"]
+Fit = Literal["pad", "crop"]
+
+MAX_IMAGE_PIXELS = 200_000_000  # what the largest phone cameras make; 0.8 GB once decoded
+MAX_IMAGE_SIDE = 32_768  # padding makes a square of it, and the resize then takes up to 15 s
+
+_STRIP_PIXELS = 2**22  # a padded strip of 16 MB stays near the caches
+_warnings_lock = threading.Lock()
+
+# First bytes of files that people mistake for images: offset, bytes, what it is, what to do.
+_NOT_IMAGES = (
+    (0, b"%PDF", "a PDF document", "export the page as PNG"),
+    (0, b"%!PS", "a PostScript file", "export it as PNG"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript file", "export it as PNG"),
+    (4, b"ftyphe", "a HEIC image", "export it as JPEG, or register the pillow-heif package with Pillow"),
+    (4, b"ftypmif1", "a HEIC image", "export it as JPEG, or register the pillow-heif package with Pillow"),
+    (4, b"ftypavif", "an AVIF image", "export it as JPEG, or update Pillow to 11.3 or later"),
+    (4, b"ftyp", "a video", "save one frame as PNG"),
+    (0, b"PK\x03\x04", "a zip archive or office document", "extract the image from it"),
+    (0, b"\x1f\x8b", "a gzip file", "decompress it"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the image itself", "run `git lfs pull`"),
+    (0, b"<svg", "an SVG drawing", "export it as PNG"),
+    (0, b"<!doctype html", "a web page", "save the image itself"),
+    (0, b"<html", "a web page", "save the image itself"),
+)
+_IMAGES = (
+    (0, b"\x89PNG", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"GIF8", "GIF"),
+    (8, b"WEBP", "WebP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"BM", "BMP"),
+)
+
+
+def open_image(source: ImageSource, *, background: Background = "white") -> Image.Image:
+    """Decode an image completely, upright, as RGB.
+
+    - The EXIF orientation is applied; damaged EXIF data is ignored.
+    - Animations and multi-page files give their first frame.
+    - Transparent pixels are laid over `background`. White by default: what is mostly transparent is dark ink made for
+      a white page (logos, diagrams, formulas), and dropping the alpha channel instead, as LLaVA does, shows whatever
+      color happens to lie under the transparent pixels, usually black on black.
+    - 16-bit greys are divided by 257, so that 65535 becomes 255; Pillow alone would clip them at 255. For wider greys
+      see `_eight_bit_grey`. 16-bit color is reduced to 8 bits by Pillow itself.
+    - CMYK, LAB and others are converted as Pillow does. Embedded ICC profiles are not applied, as in training.
+
+    Args:
+        source: whatever `read_image_bytes` takes, a PIL image (not modified), or a uint8 array (H, W), (H, W, 1),
+            (H, W, 3) RGB or (H, W, 4) RGBA.
+        background: what shows through transparent pixels.
+
+    Returns:
+        The image in mode RGB with all pixels loaded. A PIL image that needs no change is returned itself.
+
+    Raises:
+        ImageError: the source cannot be read, is not an image, is damaged, or is larger than `MAX_IMAGE_PIXELS` or
+            `MAX_IMAGE_SIDE`. Sizes are checked before any pixel is decoded.
+    """
+    _check_choice("background", background, ("white", "black"))
+    name = source_name(source)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, np.ndarray):
+        image = _from_array(source)
+    else:
+        image = _read_header(read_image_bytes(source), name)
+    _check_size(image, name)
+    try:
+        # No Image.draft: decoding a JPEG at half size is faster, but its pixels are not those of a full decode.
+        # TIFF alone reads metadata, and may warn of it, while it decodes; the others decode in parallel threads.
+        with _quiet_pillow() if image.format == "TIFF" else nullcontext():
+            image.load()
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly any type
+        raise _damaged(name, image.format, error) from error
+    return _to_rgb(_upright(image), background)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Turns images into the pixel_values of one vision tower.
+
+    Attributes:
+        image_size: side R of the square result, in pixels.
+        fit: "pad" centers the image on a square as LLaVA does, which is what FastVLM was trained with; "crop" keeps
+            only the central square, as the model card's snippet does.
+        background: what shows through transparent pixels.
+        image_mean, image_std: per RGB channel, in units of [0, 1]. FastVLM has 0 and 1. Padding has the mean's color.
+    """
+
+    image_size: int
+    fit: Fit = "pad"
+    background: Background = "white"
+    image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise OptionError(f"The image size is {self.image_size}; it must be a positive number of pixels.")
+        _check_choice("fit", self.fit, ("pad", "crop"))
+        _check_choice("background", self.background, ("white", "black"))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, fit: Fit = "pad") -> ImageProcessor:
+        """Build from the content of a preprocessor_config.json.
+
+        Args:
+            config: fields as in CLIPImageProcessor and LlavaImageProcessor. A missing field means FastVLM's value.
+            fit: what to do if `config` lacks `do_pad`, which CLIPImageProcessor does not have.
+
+        Raises:
+            ConfigError: `config` asks for something other than bicubic resizing to a square of [0, 1] values.
+        """
+        crop_size = _square_side(config, "crop_size")
+        size = _square_side(config, "size")
+        if (crop_size or size) is None:
+            raise ConfigError("preprocessor_config.json has neither crop_size nor size: the image size is not known.")
+        if crop_size and size and crop_size != size:
+            raise ConfigError(
+                f"preprocessor_config.json has size {size} but crop_size {crop_size}: they must be equal."
+            )
+        expected = {"do_resize": True, "do_rescale": True, "resample": int(Image.Resampling.BICUBIC)}
+        for name, value in expected.items():
+            if config.get(name, value) != value:
+                raise ConfigError(f"preprocessor_config.json has {name} {config[name]!r}; only {value} is supported.")
+        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+            raise ConfigError(f"preprocessor_config.json has rescale_factor {config['rescale_factor']}, not 1/255.")
+        normalized = config.get("do_normalize", True)
+        return cls(
+            image_size=crop_size or size,
+            fit=fit if config.get("do_pad") is None else "pad" if config["do_pad"] else "crop",
+            image_mean=_three_numbers(config, "image_mean", cls.image_mean) if normalized else cls.image_mean,
+            image_std=_three_numbers(config, "image_std", cls.image_std) if normalized else cls.image_std,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a preprocessor_config.json, with which transformers gives the same pixels."""
+        return {
+            "image_processor_type": "LlavaImageProcessor" if self.fit == "pad" else "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_pad": self.fit == "pad",
+            "do_resize": True,
+            "size": {"shortest_edge": self.image_size},
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_center_crop": True,
+            "crop_size": {"height": self.image_size, "width": self.image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }
+
+    def to_array(self, image: ImageSource) -> np.ndarray:
+        """Fit, resize and scale one image.
+
+        Args:
+            image: anything `open_image` takes; an RGB image that it returned is not decoded again.
+
+        Returns:
+            (R, R, 3) float32, HWC. In [0, 1] with FastVLM's mean and std.
+
+        Raises:
+            ImageError: see `open_image`; or the image is too narrow to be cropped.
+        """
+        rgb = open_image(image, background=self.background)
+        square = self._pad(rgb) if self.fit == "pad" else self._crop(rgb)
+        pixels = np.divide(square, 255, dtype=np.float32)
+        if any(self.image_mean) or any(std != 1 for std in self.image_std):
+            pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return pixels
+
+    def preprocess(self, image: ImageSource) -> mx.array:
+        """`to_array` as a batch of one: (1, R, R, 3) float32, NHWC. Same arguments and errors."""
+        return mx.array(self.to_array(image)[None])
+
+    def _pad(self, image: Image.Image) -> Image.Image:
+        """Center on a square of the longer side, then resize to R.
+
+        Equals apple/ml-fastvlm@592b4ad llava/mm_utils.py#L154 (expand2square) and one bicubic resize, without making
+        the whole square, which takes 400 MB for a screenshot of 1080x10000. Pillow resizes rows first, columns second,
+        with 8-bit values in between. So rows can be resized strip by strip, and rows of padding need no work.
+        """
+        side, (width, height) = max(image.size), image.size
+        left, top = (side - width) // 2, (side - height) // 2
+        color = tuple(int(mean * 255) for mean in self.image_mean)
+        rows_done = Image.new("RGB", (self.image_size, side), color)
+        strip_height = height if width == side else max(1, _STRIP_PIXELS // side)
+        for start in range(0, height, strip_height):
+            strip = image
+            if width != side:
+                strip = Image.new("RGB", (side, min(strip_height, height - start)), color)
+                strip.paste(image, (left, -start))
+            rows_done.paste(_resize(strip, (self.image_size, strip.height)), (0, top + start))
+        return _resize(rows_done, (self.image_size, self.image_size))
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """Resize the shorter side to R, then keep the center, with CLIPImageProcessor's rounding of sizes."""
+        short, long = sorted(image.size)
+        resized_long = int(self.image_size * long / short)
+        if resized_long * self.image_size > MAX_IMAGE_PIXELS:
+            raise ImageError(
+                f"The image is {image.width}x{image.height} pixels, too narrow to crop to a square of "
+                f'{self.image_size}: pad it instead (fit "pad").'
+            )
+        wide = image.width > image.height
+        resized = _resize(image, (resized_long, self.image_size) if wide else (self.image_size, resized_long))
+        left, top = (resized.width - self.image_size) // 2, (resized.height - self.image_size) // 2
+        return resized.crop((left, top, left + self.image_size, top + self.image_size))
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"The {name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _square_side(config: Mapping[str, Any], name: str) -> int | None:
+    """The one length in a size that Hugging Face writes as a number or as a mapping."""
+    value = config.get(name)
+    lengths = set(value.values()) if isinstance(value, Mapping) else {value}
+    if len(lengths) != 1 or not all(length is None or isinstance(length, int) for length in lengths):
+        raise ConfigError(f"preprocessor_config.json has {name} {value!r}; a square of whole pixels is expected.")
+    return lengths.pop()
+
+
+def _three_numbers(config: Mapping[str, Any], name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
+        raise ConfigError(f"preprocessor_config.json has {name} {value!r}; three numbers are expected.")
+    return tuple(float(v) for v in value)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        raise ImageError(
+            f"The array is {array.dtype} of shape {array.shape}; uint8 of shape (height, width, 1, 3 or 4) is expected."
+        )
+    if 0 in array.shape:
+        raise ImageError(f"The array of shape {array.shape} has no pixels.")
+    return Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
+
+
+def _read_header(data: bytes, name: str) -> Image.Image:
+    """Recognize the format and read the size, but no pixels.
+
+    Does what Image.open does. That function warns at 89 and refuses at 179 megapixels, limits that only a global
+    variable can change, and runs Ghostscript on PostScript.
+    """
+    with _quiet_pillow():
+        for register_formats in (Image.preinit, Image.init):  # the five common ones, then all
+            register_formats()
+            for format_name in list(Image.ID):
+                factory, accept = Image.OPEN[format_name]
+                try:
+                    accepted = accept is None or accept(data[:16])  # a string is a reason why not
+                    if accepted and not isinstance(accepted, str) and format_name != "EPS":
+                        return factory(io.BytesIO(data), "")
+                except (SyntaxError, IndexError, TypeError, struct.error):
+                    continue  # how a format says that the file is not its own
+                except Exception as error:  # it is, but damaged, which may raise nearly any type
+                    raise _damaged(name, format_name, error) from error
+    for offset, magic, format_name in _IMAGES:
+        if data.startswith(magic, offset):
+            raise ImageError(f"{name} begins like a {format_name} image, but is damaged or cut off: get a new copy.")
+    what, advice = _not_an_image(data) or ("not an image that Pillow can read", "convert it to PNG or JPEG")
+    raise ImageError(f"{name} is {what}: {advice}.")
+
+
+def _not_an_image(data: bytes) -> tuple[str, str] | None:
+    """What a file is that is not an image, and what to do about it; None if that is not known."""
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for offset, magic, what, advice in _NOT_IMAGES:
+        if data.startswith(magic, offset) or start.startswith(magic):
+            return what, advice
+    if b"<svg" in start:
+        return "an SVG drawing", "export it as PNG"
+    if start and all(byte >= 32 or byte in b"\t\r\n" for byte in start) and start.isascii():
+        return "text", "give an image file"
+    return None
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is {width}x{height} pixels: it has no pixels.")
+    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
+        raise ImageError(
+            f"{name} is {width}x{height} pixels; the limits are {MAX_IMAGE_PIXELS / 1e6:g} megapixels "
+            f"and {MAX_IMAGE_SIDE} pixels on a side: make it smaller."
+        )
+
+
+def _damaged(name: str, format_name: str | None, error: Exception) -> ImageError:
+    what = f"{format_name} image" if format_name else "image"
+    reason = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError(f"{name} is too large to decode ({reason}): make it smaller.")
+    if isinstance(error, MemoryError):
+        return ImageError(f"{name} does not fit into memory: make it smaller.")
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return ImageError(f"{name} is cut off: the {what} ends too early ({reason}). Get a complete copy.")
+    return ImageError(f"{name} is damaged: the {what} cannot be decoded ({reason}). Get a new copy.")
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Hide Pillow's warnings about odd metadata, which the user can do nothing about.
+
+    Python's warning filters belong to the process: the lock keeps our own threads from restoring each other's, and
+    the filter covers nothing but Pillow.
+    """
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        with _quiet_pillow():
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        # exif_transpose copies even where there is nothing to do.
+        return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    except Exception:  # damaged EXIF data raises nearly any type; the pixels are fine
+        return image
+
+
+def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bit_grey(np.asarray(image), image.mode)).convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    opaque = Image.new("RGB", rgba.size, background)
+    opaque.paste(rgba, mask=rgba.getchannel("A"))
+    return opaque
+
+
+def _eight_bit_grey(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale greys of more than 8 bits to 0..255.
+
+    White is 65535 in mode I;16. Modes I and F do not say: white is the first of 1 (F only), 255 (as Pillow widens
+    8 bits) and 65535 (16-bit PGM) that no value exceeds. Values beyond, or below 0, are stretched from minimum to
+    maximum. What is not finite becomes black.
+
+    Args:
+        values: (H, W) integers or floats.
+        mode: Pillow's name for them.
+
+    Returns:
+        (H, W) uint8.
+    """
+    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(mode, (65535,))
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        values, white = values - np.float32(low), (high - low) or 1
+    return np.rint(values * np.float32(255) / np.float32(white)).astype(np.uint8)

@@ -1,0 +1,186 @@
+"""A name → a model ready to answer: "demo", a local folder, or a hub id that is converted on first use.
+
+The runtime knows one layout, the converter's. This file finds or makes a folder in it and fills a model from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_fastvlm.config import FastVLMConfig, read_config_dict
+from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
+from mlx_fastvlm.hub import download_checkpoint, is_hub_id
+from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.processor import Processor
+from mlx_fastvlm.safetensors_file import check_safetensors
+
+DEFAULT_MODEL = "apple/FastVLM-0.5B"
+DEMO = "demo"
+CACHE_VARIABLE = "MLX_FASTVLM_CACHE"
+FORMAT_KEY = "mlx_fastvlm"  # in config.json: marks the converter's layout
+FORMAT_VERSION = 1
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
+
+
+def load(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    dtype: str | None = None,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[FastVLM, Processor]:
+    """Load a model and its processor.
+
+    Args:
+        model: hub id, local folder (a hub checkpoint's or a converted one), or "demo" for the built-in small model.
+            A checkpoint is converted on first use into the cache folder.
+        dtype: "float32", "float16" or "bfloat16" to compute in. None keeps the stored type on a GPU and takes float32
+            on a CPU, where MLX is fast in no other.
+        revision: branch, tag or commit of a hub id.
+        on_progress: told how far a conversion is.
+
+    Raises:
+        FastVLMError: a child of it says what is wrong with the name, the files or the network.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    folder = resolve_model(model, revision, on_progress)
+    config = FastVLMConfig.from_folder(folder)
+    return load_model(folder, config, dtype), Processor.from_folder(folder, config)
+
+
+def load_model(folder: Path, config: FastVLMConfig, dtype: str | None = None) -> FastVLM:
+    """Fill a model from a converted folder; every weight is read, cast and placed before this returns.
+
+    Raises:
+        CheckpointError: weights are missing, damaged, or do not fit `config`.
+    """
+    path = folder / "model.safetensors"
+    check_safetensors(path)
+    weights = mx.load(str(path))
+    target = compute_dtype(weights["language_model.norm.weight"].dtype, dtype)
+    model = FastVLM(config)
+    for name in list(weights):
+        # One at a time: the stored copy of a weight is freed before the next is read.
+        weights[name] = weights[name].astype(target)
+        mx.eval(weights[name])
+    try:
+        model.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} does not fit its config.json ({first_line}); convert the model again.") from None
+    model.eval()
+    return model
+
+
+def compute_dtype(stored: mx.Dtype, asked: str | None) -> mx.Dtype:
+    """The type to compute in on the present device; see `load`."""
+    if asked is not None:
+        return DTYPES[asked]
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else stored
+
+
+def resolve_model(
+    model: str | os.PathLike[str], revision: str | None = None, on_progress: OnProgress | None = None
+) -> Path:
+    """The folder of the converted model that a name stands for, converting and downloading as needed."""
+    if revision is not None and not is_hub_id(str(model)):
+        raise OptionError(f"A revision is given, but {model} is not a hub id.")
+    if str(model) == DEMO:
+        return Path(__file__).parent / "assets" / "demo"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path if is_converted(path) else _converted_copy(path, on_progress)
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; expected a model folder, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}.")
+    if not is_hub_id(str(model)):
+        raise CheckpointError(f"There is no folder {path}; expected one, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}.")
+    return _converted_from_hub(str(model), revision or "main", on_progress)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a model folder is in the converter's layout.
+
+    Raises:
+        ConfigError: there is no readable config.json.
+        CheckpointError: the folder was made by an incompatible release.
+    """
+    mark = read_config_dict(folder).get(FORMAT_KEY)
+    if mark is None:
+        return False
+    version = mark.get("format") if isinstance(mark, dict) else mark
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} is in format {version!r}; this release reads format {FORMAT_VERSION}. Convert the checkpoint again."
+        )
+    return True
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $MLX_FASTVLM_CACHE, else ~/.cache/mlx-fastvlm (honouring XDG_CACHE_HOME)."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-fastvlm"
+
+
+def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | None) -> Path:
+    """The cached conversion of a hub model; a name seen before needs no network at all."""
+    home = cache_folder() / "hub" / hub_id.replace("/", "--")
+    reference = home / "refs" / revision.replace("/", "--")
+    try:
+        commit = reference.read_text().strip()
+    except FileNotFoundError:
+        commit = revision
+    except OSError as error:
+        raise _unusable_cache(error) from None
+    if (home / commit / "config.json").exists():
+        return home / commit
+    checkpoint = download_checkpoint(hub_id, revision)
+    _convert(checkpoint, home / checkpoint.name, on_progress, source_name=hub_id, revision=checkpoint.name)
+    try:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(checkpoint.name)
+    except OSError as error:
+        raise _unusable_cache(error) from None
+    return home / checkpoint.name
+
+
+def _converted_copy(folder: Path, on_progress: OnProgress | None) -> Path:
+    """The cached conversion of a local checkpoint, made anew when its files change."""
+    state = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(folder.iterdir()):
+        status = path.stat()
+        state.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    home = cache_folder() / "local" / f"{folder.resolve().name}-{state.hexdigest()[:16]}"
+    if not (home / "config.json").exists():
+        _convert(folder, home, on_progress)
+    return home
+
+
+def _convert(source: Path, destination: Path, on_progress: OnProgress | None, **origin: str) -> None:
+    # Imported here: the converter is needed once per model, and `describe` should start fast.
+    from mlx_fastvlm.convert import convert
+
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable_cache(error) from None
+    try:
+        convert(source, destination, on_progress=on_progress, **origin)
+    except FastVLMError:
+        # Another process may have finished the same conversion meanwhile; its result is as good.
+        if not (destination / "config.json").exists():
+            raise
+
+
+def _unusable_cache(error: OSError) -> HubError:
+    return HubError(
+        f"The cache folder {cache_folder()} cannot be used ({error.strerror or error}); "
+        f"set {CACHE_VARIABLE} to a folder that can be written."
+    )

@@ -1,0 +1,109 @@
+"""The Qwen2 decoder: grouped-query attention with rotary positions, SwiGLU, RMSNorm.
+
+q/k/v and gate/up are one matmul each; the converter has stacked their weights. Source: transformers'
+models/qwen2/modeling_qwen2.py; attribute names equal its keys but for the stacked ones.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fastvlm.cache import KVCache
+from mlx_fastvlm.config import TextConfig
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((size,))
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight, self._eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self._num_heads = config.num_attention_heads
+        self._num_kv_heads = config.num_key_value_heads
+        self._head_dim = config.head_dim
+        self._rope_theta = config.rope_theta
+        width = (self._num_heads + 2 * self._num_kv_heads) * self._head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """(B, L, hidden) → (B, L, hidden); the L positions follow those in `cache` and are added to it."""
+        batch, length, _ = x.shape
+        heads = self.qkv_proj(x).reshape(batch, length, -1, self._head_dim).transpose(0, 2, 1, 3)
+        # Queries and keys lie side by side, so one call rotates both.
+        rotated_heads = self._num_heads + self._num_kv_heads
+        rotated = mx.fast.rope(
+            heads[:, :rotated_heads],
+            self._head_dim,
+            traditional=False,
+            base=self._rope_theta,
+            scale=1.0,
+            offset=cache.offset,
+        )
+        queries = rotated[:, : self._num_heads]
+        keys, values = cache.update_and_fetch(rotated[:, self._num_heads :], heads[:, rotated_heads:])
+        out = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self._head_dim**-0.5, mask="causal" if length > 1 else None
+        )
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(gate * mx.sigmoid(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """The decoder with its embedding table and output head (the same table when tied)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def make_cache(self) -> list[KVCache]:
+        """An empty cache for each layer."""
+        return [KVCache() for _ in self.layers]
+
+    def hidden_states(self, inputs_embeds: mx.array, cache: list[KVCache]) -> mx.array:
+        """(B, L, hidden) embeddings → (B, L, hidden) normalized states, extending `cache` by L positions."""
+        x = inputs_embeds
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, layer_cache)
+        return self.norm(x)
+
+    def logits(self, hidden_states: mx.array) -> mx.array:
+        """(..., hidden) → (..., vocab_size)."""
+        if "lm_head" in self:
+            return self.lm_head(hidden_states)
+        return self.embed_tokens.as_linear(hidden_states)
