@@ -83,6 +83,7 @@ def open_image(source: ImageSource, *, background: Background = "white") -> Imag
     Raises:
         ImageError: the source cannot be read, is not an image, is damaged, or is larger than `MAX_IMAGE_PIXELS` or
             `MAX_IMAGE_SIDE`. Sizes are checked before any pixel is decoded.
+        OptionError: `background` is unknown.
     """
     _check_choice("background", background, ("white", "black"))
     name = source_name(source)

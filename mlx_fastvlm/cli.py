@@ -1,0 +1,287 @@
+"""The command line: `mlx-fastvlm describe | convert | info`. Parses, prints, and turns known errors into one line.
+
+Answers go to stdout; everything else goes to stderr. Exit codes: 0 done, 1 something the user can mend, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_fastvlm import __version__
+from mlx_fastvlm.errors import FastVLMError, OptionError
+from mlx_fastvlm.loading import DEFAULT_MODEL, OnProgress
+
+if TYPE_CHECKING:
+    from mlx_fastvlm.generate import GenerationResponse
+
+# The base of every wrong-usage error. Newer typers carry a copy of click, older ones use click itself; both lead here.
+_UsageErrors = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="mlx-fastvlm",
+    help="Run Apple's FastVLM on MLX: describe pictures, convert checkpoints.",
+    epilog="Start without any download: mlx-fastvlm describe examples/scene-1.png --model demo",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Preset(str, Enum):
+    """Ready-made prompts, worded as in Apple's demo app."""
+
+    describe = "describe"
+    brief = "brief"
+    read = "read"
+    expression = "expression"
+
+
+PRESET_PROMPTS = {
+    Preset.describe: "Describe this image.",
+    Preset.brief: "Describe the image in English. Output should be brief, about 15 words or less.",
+    Preset.read: "What is written in this image? Output only the text in the image.",
+    Preset.expression: "What is this person's facial expression? Output only one or two words.",
+}
+
+
+class DType(str, Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Fit(str, Enum):
+    pad = "pad"
+    crop = "crop"
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help='Hub id, model folder, or "demo" (built in, knows only simple shapes and words).'),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="main")]
+
+
+@app.command()
+def describe(
+    image: Annotated[str, typer.Argument(help='Picture: a file, "-" for standard input, or an http(s) URL.')],
+    prompt: Annotated[str | None, typer.Argument(help="Your question.", show_default="the preset's")] = None,
+    model: Model = DEFAULT_MODEL,
+    preset: Annotated[
+        Preset | None, typer.Option(help="A ready-made question instead of PROMPT.", show_default="describe")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System line in place of FastVLM's own.", show_default=False)] = None,
+    fit: Annotated[
+        Fit | None,
+        typer.Option(help="Make the picture square by padding (as trained) or by cropping.", show_default="as trained"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 means all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.", show_default="random")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be given again.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
+    ] = None,
+    revision: Revision = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times by stage and token rates to stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+) -> None:
+    """Describe a picture, or answer a question about it.
+
+    \b
+    mlx-fastvlm describe photo.jpg
+    mlx-fastvlm describe photo.jpg "How many people are there?" --stats
+    cat photo.jpg | mlx-fastvlm describe - --preset brief --json
+    """
+    if prompt is not None and preset is not None:
+        raise OptionError("Both a prompt and --preset are given; give one of them.")
+    question = PRESET_PROMPTS[preset or Preset.describe] if prompt is None else prompt
+
+    from mlx_fastvlm.generate import stream_generate
+    from mlx_fastvlm.image_processing import open_image
+    from mlx_fastvlm.image_source import read_image_bytes
+
+    # A wrong picture should be known before seconds of loading, and its bytes be here before the clock starts.
+    image_bytes = read_image_bytes(image)
+    open_image(image_bytes)
+    loaded, processor = _load(model, dtype, revision)
+    if fit is not None:
+        processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
+    responses = stream_generate(
+        loaded,
+        processor,
+        question,
+        image=image_bytes,
+        max_tokens=max_tokens,
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        system=system,
+    )
+    text = ""
+    for response in responses:
+        text += response.text
+        if not as_json:
+            print(response.text, end="", flush=True)
+    if as_json:
+        last = dataclasses.asdict(response)
+        del last["token"]
+        print(json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False))
+    else:
+        print()
+    if stats:
+        print(_statistics(response), file=sys.stderr)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint: a folder in the hub's layout, or a hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make.")],
+    dtype: Annotated[DType | None, typer.Option(help="Type to store.", show_default="the checkpoint's")] = None,
+    revision: Revision = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DEST if it is a converted model.")] = False,
+) -> None:
+    """Convert a FastVLM checkpoint into the folder that mlx-fastvlm runs.
+
+    BatchNorms, training branches and layer scales are folded into the weights, exactly. `describe` does this by itself
+    on first use; convert by hand to choose the type or the place.
+
+    \b
+    mlx-fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b
+    mlx-fastvlm convert ./my-finetune ./my-model --dtype float16
+    """
+    from mlx_fastvlm.convert import convert as run
+
+    with _progress() as on_progress:
+        folder = run(
+            source,
+            destination,
+            dtype=dtype and dtype.value,
+            revision=revision,
+            force=force,
+            on_progress=on_progress,
+        )
+    record = json.loads((folder / "conversion.json").read_text())
+    for notice in record["notices"]:
+        print(f"Notice: {notice}", file=sys.stderr)
+    size = (folder / "model.safetensors").stat().st_size
+    print(
+        f"{folder}: {size / 1e6:,.1f} MB of {record['dtype']}; folding differs from the checkpoint by at most "
+        f"{record['self_check']['max_relative_error']:.0e} (relative)."
+    )
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help='Hub id, model folder, or "demo".')],
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a model is: sizes, parameters by part, type, where it came from."""
+    from mlx_fastvlm.loading import resolve_model
+    from mlx_fastvlm.model_info import describe_model, format_model_info
+
+    with _progress() as on_progress:
+        folder = resolve_model(model, revision, on_progress)
+    facts = describe_model(folder)
+    print(json.dumps(facts, indent=2) if as_json else format_model_info(facts))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"mlx-fastvlm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Entry point: run the command line, with known errors as one line on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except FastVLMError as error:
+        code = _fail(str(error))
+    except _UsageErrors as error:
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        code = _fail(f"{message}. See: mlx-fastvlm --help")
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nStopped.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `| head -1`; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    print(f"mlx-fastvlm: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _load(model: str, dtype: DType | None, revision: str | None):
+    from mlx_fastvlm.loading import load
+
+    with _progress() as on_progress:
+        return load(model, dtype=dtype and dtype.value, revision=revision, on_progress=on_progress)
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """A progress line on stderr that appears when there is something to report."""
+    bar = task = None
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal bar, task
+        if bar is None:
+            # Imported on first use: most commands report nothing, and rich takes 50 ms.
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            bar = Progress(*columns, console=Console(stderr=True))
+            bar.start()
+            task = bar.add_task(what, total=total)
+        bar.update(task, completed=done)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _statistics(response: GenerationResponse) -> str:
+    stages = ", ".join(f"{stage} {seconds * 1e3:.1f}" for stage, seconds in response.timings.items())
+    return (
+        f"Time to first token: {response.ttft * 1e3:.1f} ms ({stages})\n"
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tok/s\n"
+        f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tok/s ({response.finish_reason})\n"
+        f"Peak memory: {response.peak_memory:.3f} GB"
+    )

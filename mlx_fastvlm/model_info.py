@@ -1,0 +1,95 @@
+"""What a converted model is, read from its files without loading the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mlx_fastvlm.config import FastVLMConfig
+from mlx_fastvlm.safetensors_file import SafetensorsFile
+
+_PARTS = ("vision_tower", "mm_projector", "language_model")
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """Facts about a converted model.
+
+    Returns:
+        folder, bytes on disk, dtype, parameters by part and in all, image size and rows, sizes of tower and decoder,
+        and conversion.json's content as `provenance` (None if there is none).
+
+    Raises:
+        ConfigError, CheckpointError: the folder is not a sound converted model.
+    """
+    config = FastVLMConfig.from_folder(folder)
+    weights = SafetensorsFile(folder / "model.safetensors")
+    parameters = dict.fromkeys(_PARTS, 0)
+    for name in weights.names():
+        parameters[name.partition(".")[0]] += math.prod(weights.shape(name))
+    vision, text = config.vision_config, config.text_config
+    record = folder / "conversion.json"
+    return {
+        "folder": str(folder),
+        "bytes": weights.path.stat().st_size,
+        "dtype": weights.dtype(weights.names()[0]),
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "image_size": vision.image_size,
+        "image_tokens": vision.num_image_tokens,
+        "vision_tower": {
+            "embed_dims": list(vision.embed_dims),
+            "layers": list(vision.layers),
+            "hidden_size": vision.hidden_size,
+        },
+        "language_model": {
+            "hidden_size": text.hidden_size,
+            "layers": text.num_hidden_layers,
+            "attention_heads": text.num_attention_heads,
+            "key_value_heads": text.num_key_value_heads,
+            "vocab_size": text.vocab_size,
+            "context": text.max_position_embeddings,
+            "tied_embeddings": text.tie_word_embeddings,
+        },
+        "provenance": json.loads(record.read_text()) if record.exists() else None,
+    }
+
+
+def format_model_info(facts: dict[str, Any]) -> str:
+    """`describe_model`'s facts as lines for people."""
+    vision, text, parameters = facts["vision_tower"], facts["language_model"], facts["parameters"]
+    lines = [
+        ("folder", facts["folder"]),
+        ("weights", f"{facts['bytes'] / 1e6:,.1f} MB, {facts['dtype']}"),
+        ("image", f"{facts['image_size']}×{facts['image_size']} pixels → {facts['image_tokens']} tokens"),
+        ("vision_tower", f"{_millions(parameters['vision_tower'])}: widths {_list(vision['embed_dims'])}, depths {_list(vision['layers'])}"),
+        ("mm_projector", f"{_millions(parameters['mm_projector'])}: {vision['hidden_size']} → {text['hidden_size']}"),
+        (
+            "language_model",
+            f"{_millions(parameters['language_model'])}: {text['layers']} layers of {text['hidden_size']}, "
+            f"{text['attention_heads']} heads on {text['key_value_heads']}, vocabulary {text['vocab_size']}"
+            f"{', tied' if text['tied_embeddings'] else ''}, context {text['context']}",
+        ),
+        ("parameters", _millions(parameters["total"])),
+    ]
+    record = facts["provenance"]
+    if record:
+        revision = f" at {record['revision']}" if record["revision"] else ""
+        folded = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in record["folded"].items() if count)
+        lines += [
+            ("source", f"{record['source']}{revision}"),
+            ("licence", record["licence"]),
+            ("folded", folded),
+            ("self-check", f"{record['self_check']['max_relative_error']:.1e} relative over {record['self_check']['sites']} parts"),
+            ("converted", f"{record['created']} by {record['converter']}"),
+        ]
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"
+
+
+def _list(numbers: list[int]) -> str:
+    return "/".join(map(str, numbers))
