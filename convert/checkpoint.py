@@ -101,7 +101,9 @@ def _weight_files(folder: Path) -> list[Path]:
             return found
         if found:
             names = ", ".join(path.name for path in found[:4])
-            raise CheckpointError(f"{folder} has several weight files ({names}) but no index that says how they belong together.")
+            raise CheckpointError(
+                f"{folder} has several weight files ({names}) but no index that says how they belong together."
+            )
     raise CheckpointError(f"{folder} has a config.json but no weights (model.safetensors or its shards).")
 
 
@@ -115,5 +117,7 @@ def _files_of_index(index: Path) -> list[Path]:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder.")
         if not (index.parent / name).exists():
-            raise CheckpointError(f"{index.parent} lacks the shard {name} that {index.name} names; finish the download.")
+            raise CheckpointError(
+                f"{index.parent} lacks the shard {name} that {index.name} names; finish the download."
+            )
     return [index.parent / name for name in names]

@@ -30,7 +30,9 @@ TOWER = "model.vision_tower.vision_tower.model"
 DROPPED = {
     re.compile(r".*\.num_batches_tracked"): "BatchNorm's training counter",
     re.compile(rf"{re.escape(TOWER)}\.head\.(proj|weight|bias)"): "CLIP's projection head",
-    re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"): "rotary frequencies, recomputed from rope_theta",
+    re.compile(
+        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    ): "rotary frequencies, recomputed from rope_theta",
 }
 
 
@@ -109,7 +111,9 @@ def check_names(found: list[AnySite], stored: Collection[str], tensors: Tensors)
         else:
             dropped[name] = reason
     if missing or unknown:
-        problems = [f"{kind}: {_name_some(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+        problems = [
+            f"{kind}: {_name_some(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
+        ]
         raise CheckpointError(
             f"The checkpoint's tensors do not fit its config.json ({'; '.join(problems)}). "
             "Expected the layout of apple/FastVLM-0.5B."

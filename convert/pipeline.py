@@ -89,12 +89,16 @@ def convert(
     dtype = dtype or _STORED_DTYPES.get(checkpoint.dtype(_EMBEDDINGS), "float32")
     shapes = _parameter_shapes(config)
 
+    _check_shapes(found, checkpoint, shapes)
+
     with _written_aside(destination, force) as aside:
         check = self_check(found, checkpoint)
         _write_weights(aside / "model.safetensors", found, shapes, checkpoint, DTYPES[dtype], on_progress)
         write_tokenizer(folder, aside)
         fit = "pad" if config.image_aspect_ratio == "pad" else "crop"
-        _write_json(aside / "preprocessor_config.json", ImageProcessor(config.vision_config.image_size, fit=fit).to_dict())
+        _write_json(
+            aside / "preprocessor_config.json", ImageProcessor(config.vision_config.image_size, fit=fit).to_dict()
+        )
         for path in [*folder.glob("LICENSE*"), folder / "generation_config.json"]:
             if path.exists():
                 shutil.copyfile(path, aside / path.name)
@@ -164,8 +168,7 @@ def _write_weights(
     def folded() -> Iterator[tuple[str, mx.array]]:
         done = 0
         for site in found:
-            for name, array in _fold_checked(site, checkpoint, shapes).items():
-                yield name, array
+            yield from site.fold(checkpoint).items()
             done += sum(checkpoint.nbytes(name) for name in site.sources(checkpoint))
             if on_progress:
                 on_progress("Converting", done, total)
@@ -177,17 +180,32 @@ def _targets(site: AnySite) -> list[str]:
     return [site.target] if isinstance(site, StackSite) else [f"{site.target}.weight", f"{site.target}.bias"]
 
 
-def _fold_checked(site: AnySite, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
-    """Fold a site; a shape that the config does not call for is an error that names the tensors."""
-    try:
-        folded = site.fold(checkpoint)
-        wrong = [name for name, array in folded.items() if tuple(array.shape) != shapes[name]]
-    except ValueError:  # the stored shapes do not even fit each other
-        wrong = _targets(site)
-    if wrong:
-        stored = ", ".join(f"{name} {list(checkpoint.shape(name))}" for name in site.sources(checkpoint))
-        raise CheckpointError(f"Stored shapes do not fit config.json: {stored} should make {wrong[0]} {list(shapes[wrong[0]])}.")
-    return folded
+class _Outline:
+    """A checkpoint's shapes without its numbers: MLX infers what a fold would give without computing it."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._checkpoint
+
+    def __getitem__(self, name: str) -> mx.array:
+        return mx.zeros(self._checkpoint.shape(name))
+
+
+def _check_shapes(found: list[AnySite], checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Hold the stored shapes against the config's; the error names the tensors."""
+    outline = _Outline(checkpoint)
+    for site in found:
+        try:
+            wrong = [name for name, array in site.fold(outline).items() if tuple(array.shape) != shapes[name]]
+        except ValueError:  # the stored shapes do not even fit each other
+            wrong = _targets(site)
+        if wrong:
+            stored = ", ".join(f"{name} {list(checkpoint.shape(name))}" for name in site.sources(checkpoint))
+            raise CheckpointError(
+                f"Stored shapes do not fit config.json: {stored} should make {wrong[0]} {list(shapes[wrong[0]])}."
+            )
 
 
 def _folded(found: list[AnySite], checkpoint: Checkpoint) -> dict[str, int]:
@@ -211,7 +229,9 @@ def _licence(folder: Path) -> str:
     """The licence the source's model card states, else where to look for it."""
     card = folder / "README.md"
     if card.exists():
-        stated = re.findall(r"^license(?:_name)?:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        stated = re.findall(
+            r"^license(?:_name)?:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        )
         if stated:
             return stated[-1] if stated[0] == "other" else stated[0]
     return "see LICENSE" if any(folder.glob("LICENSE*")) else "not stated by the source"
@@ -247,7 +267,9 @@ def _written_aside(destination: Path, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             free = shutil.disk_usage(destination.parent).free
-            raise CheckpointError(f"The disk of {destination.parent} is full ({free / 1e9:.1f} GB free); free some room.") from None
+            raise CheckpointError(
+                f"The disk of {destination.parent} is full ({free / 1e9:.1f} GB free); free some room."
+            ) from None
         raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

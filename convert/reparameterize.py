@@ -9,7 +9,7 @@ Convolution kernels are OIHW in checkpoints and OHWI here; maps are (B, H, W, C)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 

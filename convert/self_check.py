@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,9 +43,8 @@ def self_check(found: Iterable[AnySite], tensors: Tensors) -> SelfCheck:
             errors[site.target] = _conv_error(site, tensors)
         elif isinstance(site, ScaledLinearSite) and site.layer_scale is not None:
             errors[site.target] = _linear_error(site, tensors)
-    worst = max(errors, key=errors.__getitem__)
-    # `not <=` rather than `>`: a NaN must fail too.
-    if not errors[worst] <= TOLERANCE:
+    worst = max(errors, key=lambda target: math.inf if math.isnan(errors[target]) else errors[target])
+    if not errors[worst] <= TOLERANCE:  # not `>`, which NaN would pass
         raise CheckpointError(
             f"Folding {worst} changes its output by {errors[worst]:.1e} (relative; at most {TOLERANCE:.0e} is expected). "
             "The checkpoint is damaged or not FastVLM's."

@@ -52,7 +52,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{folder} has no merges.txt; finish the download.") from None
     merges = [tuple(line.split(" ")) for line in merge_lines if line and not line.startswith("#version")]
     if any(len(merge) != 2 for merge in merges):
-        raise CheckpointError(f"{folder / 'merges.txt'} is damaged: a line does not hold two pieces. Download it again.")
+        raise CheckpointError(
+            f"{folder / 'merges.txt'} is damaged: a line does not hold two pieces. Download it again."
+        )
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
     except Exception as error:  # merges that are not in the vocabulary

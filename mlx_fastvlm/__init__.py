@@ -1,8 +1,8 @@
 """mlx-fastvlm: Apple's FastVLM on MLX.
 
-    from mlx_fastvlm import load, generate
-    model, processor = load("demo")
-    print(generate(model, processor, "Describe this image.", image="img.png"))
+from mlx_fastvlm import load, generate
+model, processor = load("demo")
+print(generate(model, processor, "Describe this image.", image="img.png"))
 """
 
 from mlx_fastvlm.errors import FastVLMError

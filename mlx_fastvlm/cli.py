@@ -66,7 +66,9 @@ class Fit(str, Enum):
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help='Hub id, model folder, or "demo" (built in, knows only simple shapes and words).'),
+    typer.Option(
+        "--model", "-m", help='Hub id, model folder, or "demo" (built in, knows only simple shapes and words).'
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="main")]
 
@@ -79,7 +81,9 @@ def describe(
     preset: Annotated[
         Preset | None, typer.Option(help="A ready-made question instead of PROMPT.", show_default="describe")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System line in place of FastVLM's own.", show_default=False)] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System line in place of FastVLM's own.", show_default=False)
+    ] = None,
     fit: Annotated[
         Fit | None,
         typer.Option(help="Make the picture square by padding (as trained) or by cropping.", show_default="as trained"),
@@ -143,7 +147,9 @@ def describe(
     if as_json:
         last = dataclasses.asdict(response)
         del last["token"]
-        print(json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False))
+        print(
+            json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False)
+        )
     else:
         print()
     if stats:

@@ -44,11 +44,15 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for name in ("embed_dims", "layers", "mlp_ratios"):
             if len(getattr(self, name)) != 5:
-                raise ConfigError(f"vision_config.{name} has {len(getattr(self, name))} entries; FastViTHD has 5 stages.")
+                raise ConfigError(
+                    f"vision_config.{name} has {len(getattr(self, name))} entries; FastViTHD has 5 stages."
+                )
         if self.patch_size != 64:
             raise ConfigError(f"vision_config.patch_size is {self.patch_size}; FastViTHD downsamples by 64.")
         if self.image_size <= 0 or self.image_size % self.patch_size:
-            raise ConfigError(f"The image size is {self.image_size}; it must be a positive multiple of {self.patch_size}.")
+            raise ConfigError(
+                f"The image size is {self.image_size}; it must be a positive multiple of {self.patch_size}."
+            )
         for stage, (width, following) in enumerate(zip(self.embed_dims, self.embed_dims[1:], strict=False)):
             if following % width:
                 raise ConfigError(
@@ -176,11 +180,15 @@ def _read_json_object(path: Path, if_missing: str) -> dict[str, Any]:
 def _refuse_what_is_not_fastvlm(raw: dict[str, Any]) -> None:
     model_type = raw.get("model_type")
     tower = raw.get("mm_vision_tower")
-    wanted = f"expected a FastVLM checkpoint in LlavaQwen2 layout (model_type {MODEL_TYPE!r}), such as apple/FastVLM-0.5B."
+    wanted = (
+        f"expected a FastVLM checkpoint in LlavaQwen2 layout (model_type {MODEL_TYPE!r}), such as apple/FastVLM-0.5B."
+    )
     if model_type != MODEL_TYPE:
         raise ConfigError(f"config.json says model_type {model_type!r}; {wanted}")
     if not isinstance(tower, str) or not tower.startswith("mobileclip_l"):
-        raise ConfigError(f"config.json says mm_vision_tower {tower!r}; {wanted[:-1]}, whose tower is 'mobileclip_l_1024'.")
+        raise ConfigError(
+            f"config.json says mm_vision_tower {tower!r}; {wanted[:-1]}, whose tower is 'mobileclip_l_1024'."
+        )
     for field, supported in (
         ("mm_projector_type", ("mlp2x_gelu", None)),
         ("hidden_act", ("silu", None)),
@@ -201,7 +209,9 @@ def _read_vision_config(raw: dict[str, Any]) -> VisionConfig:
     for name in ("embed_dims", "layers", "mlp_ratios"):
         if name in given:
             if not isinstance(given[name], list):
-                raise ConfigError(f"config.json's vision_config.{name} is {given[name]!r}; expected a list of 5 numbers.")
+                raise ConfigError(
+                    f"config.json's vision_config.{name} is {given[name]!r}; expected a list of 5 numbers."
+                )
             values[name] = tuple(_positive_int(n, f"vision_config.{name}") for n in given[name])
     for name in ("image_size", "patch_size", "head_dim"):
         if name in given:
@@ -215,7 +225,9 @@ def _read_text_config(raw: dict[str, Any]) -> TextConfig:
     # transformers 5 moved rope_theta into rope_parameters; older files have it at the top.
     rope = raw.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json asks for rope_type {rope['rope_type']!r}; FastVLM uses plain rotary embeddings.")
+        raise ConfigError(
+            f"config.json asks for rope_type {rope['rope_type']!r}; FastVLM uses plain rotary embeddings."
+        )
     sizes = {
         name: _positive_int(_required(raw, name), name)
         for name in (

@@ -27,15 +27,17 @@ def download_checkpoint(hub_id: str, revision: str | None = None) -> Path:
         HubError: the model is neither cached nor reachable, does not exist, or needs permission.
     """
     # Imported here: huggingface_hub is slow to load and not needed once a model is converted.
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_PATTERNS)))
     except hub_errors.GatedRepoError:
         raise HubError(f"{hub_id} needs permission: accept its terms on the hub, then run `hf auth login`.") from None
     except hub_errors.RevisionNotFoundError:
-        raise HubError(f"{hub_id} has no revision {revision!r}; see its 'Files and versions' page on the hub.") from None
+        raise HubError(
+            f"{hub_id} has no revision {revision!r}; see its 'Files and versions' page on the hub."
+        ) from None
     except hub_errors.RepositoryNotFoundError:
         raise HubError(f"There is no model {hub_id} on the hub (or it is private: run `hf auth login`).") from None
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:

@@ -98,9 +98,13 @@ def resolve_model(
     if path.is_dir():
         return path if is_converted(path) else _converted_copy(path, on_progress)
     if path.exists():
-        raise CheckpointError(f"{path} is a file; expected a model folder, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}.")
+        raise CheckpointError(
+            f"{path} is a file; expected a model folder, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}."
+        )
     if not is_hub_id(str(model)):
-        raise CheckpointError(f"There is no folder {path}; expected one, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}.")
+        raise CheckpointError(
+            f"There is no folder {path}; expected one, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}."
+        )
     return _converted_from_hub(str(model), revision or "main", on_progress)
 
 

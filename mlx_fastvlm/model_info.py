@@ -62,7 +62,10 @@ def format_model_info(facts: dict[str, Any]) -> str:
         ("folder", facts["folder"]),
         ("weights", f"{facts['bytes'] / 1e6:,.1f} MB, {facts['dtype']}"),
         ("image", f"{facts['image_size']}×{facts['image_size']} pixels → {facts['image_tokens']} tokens"),
-        ("vision_tower", f"{_millions(parameters['vision_tower'])}: widths {_list(vision['embed_dims'])}, depths {_list(vision['layers'])}"),
+        (
+            "vision_tower",
+            f"{_millions(parameters['vision_tower'])}: widths {_list(vision['embed_dims'])}, depths {_list(vision['layers'])}",
+        ),
         ("mm_projector", f"{_millions(parameters['mm_projector'])}: {vision['hidden_size']} → {text['hidden_size']}"),
         (
             "language_model",
@@ -80,7 +83,10 @@ def format_model_info(facts: dict[str, Any]) -> str:
             ("source", f"{record['source']}{revision}"),
             ("licence", record["licence"]),
             ("folded", folded),
-            ("self-check", f"{record['self_check']['max_relative_error']:.1e} relative over {record['self_check']['sites']} parts"),
+            (
+                "self-check",
+                f"{record['self_check']['max_relative_error']:.1e} relative over {record['self_check']['sites']} parts",
+            ),
             ("converted", f"{record['created']} by {record['converter']}"),
         ]
     width = max(len(label) for label, _ in lines)

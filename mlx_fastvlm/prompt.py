@@ -46,7 +46,9 @@ def build_prompt(prompt: str | Sequence[Message], num_images: int = 0, system: s
             raise OptionError("There are images but no user message to put them in.")
         turns[first_user] = ("user", f"{IMAGE_MARK}\n" * num_images + turns[first_user][1])
     elif marks != num_images:
-        raise OptionError(f"The prompt has {marks} {IMAGE_MARK} marks for {num_images} images; give one mark per image, or none.")
+        raise OptionError(
+            f"The prompt has {marks} {IMAGE_MARK} marks for {num_images} images; give one mark per image, or none."
+        )
     framed = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     return f"{framed}<|im_start|>assistant\n"
 

@@ -60,7 +60,13 @@ def test_draws_follow_the_temperature():
 
 @pytest.mark.parametrize(
     "options, text",
-    [({"temp": -1}, "temp"), ({"temp": float("nan")}, "temp"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k")],
+    [
+        ({"temp": -1}, "temp"),
+        ({"temp": float("nan")}, "temp"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
 )
 def test_values_out_of_range_are_refused(options, text):
     with pytest.raises(OptionError, match=text):

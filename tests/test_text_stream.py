@@ -35,7 +35,13 @@ def test_an_answer_cut_inside_a_character_shows_what_decoding_shows(tiny):
 
 @pytest.mark.parametrize(
     "stop, kept",
-    [(["circle"], "A large red "), (["red", "large"], "A "), (["xyz"], "A large red circle."), ([""], "A large red circle."), (["circle?"], "A large red circle.")],
+    [
+        (["circle"], "A large red "),
+        (["red", "large"], "A "),
+        (["xyz"], "A large red circle."),
+        ([""], "A large red circle."),
+        (["circle?"], "A large red circle."),
+    ],
 )
 def test_text_ends_before_the_first_stop_string(tiny, stop, kept):
     _, processor = tiny
