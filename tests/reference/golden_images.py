@@ -1,5 +1,7 @@
 """Small generated pictures of odd shapes and modes, and LLaVA's preprocessing done by transformers' processor."""
 
+from typing import Any
+
 import numpy as np
 import transformers
 from PIL import Image, ImageDraw
@@ -39,7 +41,7 @@ def draw(width: int, height: int, mode: str, phase: float = 0.0) -> Image.Image:
     return image
 
 
-def clip_processor(size: int):  # noqa: ANN201 - its class depends on the transformers version
+def clip_processor(size: int) -> Any:
     """CLIPImageProcessor on PIL with the arguments of MobileCLIPVisionTower (ml-fastvlm@592b4ad)."""
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     return kind(

@@ -22,16 +22,15 @@ from .tensor_layout import FORMS
 from .torch_reference import IMAGE_TOKEN_ID, TorchReference, load_reference
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-# Of the first sixty seeds, one where every prompt gives varied tokens and no greedy step is nearly a tie.
-SEED = 33
+# Found by trying: the prompts give varied tokens that depend on the image, and no greedy step is nearly a tie.
+SEEDS = {"inference": 102, "training": 3}
 GREEDY_TOKENS = 16
 SMALLEST_MARGIN = 0.04  # between the best and the second logit at every greedy step
-LAST_ROWS = 8  # of the logits, for all but the first prompt
 TINY_SIZE = 256
 
 
 def pixel_images() -> np.ndarray:
-    """(2, 256, 256, 3) uint8: the model's inputs are these over 255."""
+    """(2, 256, 256, 3) uint8 in blocks of 4 × 4, which compress well; the model's inputs are these over 255."""
     small = [draw(TINY_SIZE // 4, TINY_SIZE // 4, "RGB", phase) for phase in (0.0, 0.37)]
     return np.stack([np.asarray(image).repeat(4, axis=0).repeat(4, axis=1) for image in small])
 
@@ -60,7 +59,7 @@ def greedy(reference: TorchReference, ids: list[int], images: np.ndarray | None)
 def model_golden(form: str) -> dict[str, np.ndarray]:
     """Features, logits and greedy tokens of the tiny checkpoint in one form."""
     with tempfile.TemporaryDirectory() as name:
-        folder = write_hub_checkpoint(name, config="tiny", form=form, seed=SEED)
+        folder = write_hub_checkpoint(name, config="tiny", form=form, seed=SEEDS[form])
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         reference = load_reference(folder)
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
@@ -68,15 +67,14 @@ def model_golden(form: str) -> dict[str, np.ndarray]:
     ids = {key: prompt_ids(tokenizer, chat_prompt(tokenizer, key)) for key in ("one_image", "two_images", "text_only")}
     features = reference.image_features(pixels)
     result: dict[str, Any] = {
-        "seed": np.int64(SEED),
+        "seed": np.int64(SEEDS[form]),
         "model_sha256": np.array(digest),
         "features": features.numpy(),
         "projected": reference.project(features).numpy(),
     }
     for key, images in (("one_image", pixels[:1]), ("two_images", pixels), ("text_only", None)):
         result[f"{key}_ids"] = np.array(ids[key], dtype=np.int32)
-        logits = reference.logits(ids[key], images)[0].numpy()
-        result[f"{key}_logits"] = logits if key == "one_image" else logits[-LAST_ROWS:]
+        result[f"{key}_logits"] = reference.logits(ids[key], images)[0].numpy()
         result[f"{key}_greedy"] = greedy(reference, ids[key], images)
     result["other_image_greedy"] = greedy(reference, ids["one_image"], pixels[1:])
     return result

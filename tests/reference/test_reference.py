@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_qwen2_true_vocabulary_in_three_implementations(tmp_path: Path) -> None:
     assert fast("<|im_end|><|endoftext|>").input_ids == [151645, 151643]
 
 
-def _import_torch_reference():  # noqa: ANN202 - a module
+def _import_torch_reference() -> ModuleType:
     for name in ("torch", "timm", "transformers"):
         pytest.importorskip(name)
     from . import torch_reference

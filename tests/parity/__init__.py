@@ -1,0 +1,1 @@
+"""Live comparison with timm, torch and transformers; skipped where they are not installed."""

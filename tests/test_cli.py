@@ -1,0 +1,232 @@
+"""The command line: what goes to stdout, to stderr, and as exit code; every mistake is one line and exit code 1."""
+
+import io
+import json
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from mlx_fastvlm import __version__, cli
+from tests.conftest import GOLDEN
+
+PICTURE = str(GOLDEN / "images" / "landscape.png")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command line in this process: arguments → (exit code, stdout, stderr)."""
+
+    def run_command(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run_command
+
+
+@pytest.fixture
+def model(converted_folder):
+    return str(converted_folder("inference"))
+
+
+def test_describe_prints_the_answer_alone(run, model, tiny):
+    code, out, err = run("describe", PICTURE, "--model", model, "--max-tokens", 8)
+    assert (code, err) == (0, "")
+    from mlx_fastvlm import generate
+
+    assert out == generate(*tiny, "Describe this image.", image=PICTURE, max_tokens=8) + "\n"
+
+
+def test_json_is_one_object_with_everything(run, model):
+    code, out, _ = run("describe", PICTURE, "Why?", "-m", model, "--max-tokens", 5, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert (record["prompt"], record["image"], record["generation_tokens"]) == ("Why?", PICTURE, 5)
+    assert record["finish_reason"] == "length"
+    assert {"text", "ttft", "prompt_tokens", "generation_tps", "peak_memory"} <= set(record)
+    assert set(record["timings"]) == {"decode", "resize", "encode", "project", "tokenize", "prefill", "first_token"}
+
+
+def test_stats_go_to_stderr(run, model):
+    code, out, err = run("describe", PICTURE, "-m", model, "--max-tokens", 5, "--stats")
+    assert code == 0
+    assert "Time to first token" in err and "tok/s" in err
+    assert "tok/s" not in out
+
+
+def test_a_picture_from_standard_input(run, model):
+    with open(PICTURE, "rb") as file:
+        code, out, _ = run("describe", "-", "-m", model, "--max-tokens", 5, stdin=file.read())
+    assert code == 0
+    assert out == run("describe", PICTURE, "-m", model, "--max-tokens", 5)[1]
+
+
+@pytest.mark.parametrize("preset", cli.Preset)
+def test_presets_ask_their_question(preset, run, model):
+    _, out, _ = run("describe", PICTURE, "-m", model, "--preset", preset.value, "--max-tokens", 2, "--json")
+    assert json.loads(out)["prompt"] == cli.PRESET_PROMPTS[preset]
+
+
+def test_fit_changes_what_is_seen(run, model):
+    answers = [run("describe", PICTURE, "-m", model, "--fit", fit, "--max-tokens", 12)[1] for fit in ("pad", "crop")]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("option", [("--seed", 7, "--temp", 2), ("--stop", "zzzz"), ("--top-k", 3, "--temp", 1, "--top-p", 0.9)])
+def test_sampling_options_are_taken(option, run, model):
+    assert run("describe", PICTURE, "-m", model, "--max-tokens", 3, *option)[0] == 0
+
+
+def test_convert_then_info(run, hub_folder, tmp_path):
+    code, out, _ = run("convert", hub_folder("training"), tmp_path / "out", "--dtype", "float16")
+    assert code == 0 and "float16" in out
+    code, out, _ = run("info", tmp_path / "out", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["dtype"] == "F16" and facts["image_tokens"] == 16
+    assert facts["parameters"]["total"] == sum(v for k, v in facts["parameters"].items() if k != "total")
+    code, out, _ = run("info", tmp_path / "out")
+    assert code == 0 and "49 batch norms" in out
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, f"mlx-fastvlm {__version__}\n", "")
+    for arguments in ([], ["--help"], ["describe", "--help"], ["convert", "--help"], ["info", "--help"]):
+        code, out, err = run(*arguments)
+        assert code == 0 and "Usage:" in out and err == ""
+
+
+def bomb(path):
+    """A PNG header that claims 10^5 × 10^5 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+def cut(path):
+    with open(PICTURE, "rb") as file:
+        path.write_bytes(file.read()[:2000])
+
+
+BAD_IMAGES = {
+    "missing": (lambda path: None, "no file"),
+    "text": (lambda path: path.write_text("hello, I am not a picture"), "not an image"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "cut off": (cut, "cut off"),
+    "folder": (lambda path: path.mkdir(), "folder"),
+    "bomb": (bomb, "100000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images(name, run, model, tmp_path):
+    make, text = BAD_IMAGES[name]
+    make(tmp_path / "picture.png")
+    code, out, err = run("describe", tmp_path / "picture.png", "-m", model)
+    assert (code, out) == (1, "")
+    assert text in err.lower()
+    assert err.count("\n") == 1
+
+
+BAD_COMMANDS = [
+    (["describe"], "image"),
+    (["describe", PICTURE, "-m", "no-such-model"], "no folder"),
+    (["describe", PICTURE, "-m", __file__], "is a file"),
+    (["describe", PICTURE, "-m", str(GOLDEN)], "config.json"),
+    (["describe", PICTURE], "--model demo"),
+    (["describe", PICTURE, "why?", "--preset", "read", "-m", "demo"], "--preset"),
+    (["describe", PICTURE, "--preset", "poem", "-m", "demo"], "poem"),
+    (["describe", PICTURE, "--fit", "stretch", "-m", "demo"], "stretch"),
+    (["describe", PICTURE, "--dtype", "int8", "-m", "demo"], "int8"),
+    (["describe", PICTURE, "--max-tokens", "0", "-m", "demo"], "max-tokens"),
+    (["describe", PICTURE, "--max-tokens", "many", "-m", "demo"], "max-tokens"),
+    (["describe", PICTURE, "--temp", "-1", "-m", "demo"], "temp"),
+    (["describe", PICTURE, "--top-p", "1.5", "--temp", "1", "-m", "demo"], "top_p"),
+    (["describe", PICTURE, "--repetition-penalty", "0", "-m", "demo"], "repetition_penalty"),
+    (["describe", PICTURE, "--revision", "v1", "-m", "demo"], "revision"),
+    (["describe", PICTURE, "--colour", "blue"], "--colour"),
+    (["describe", "-", "-m", "demo"], "standard input"),
+    (["describe", "http://127.0.0.1:9/picture.png", "-m", "demo"], "127.0.0.1"),
+    (["convert", "no-such-folder", "out"], "neither a folder nor a hub id"),
+    (["convert", str(GOLDEN), "no/such/place"], "no/such"),
+    (["convert", "apple/FastVLM-0.5B", "out"], "neither in the cache nor"),
+    (["info", str(GOLDEN)], "config.json"),
+    (["paint"], "paint"),
+]
+
+
+@pytest.mark.parametrize("arguments, text", BAD_COMMANDS, ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "")
+def test_mistakes_are_one_line_and_exit_code_1(arguments, text, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert text in err
+    assert err.startswith("mlx-fastvlm: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_checkpoint_names_what_was_found(run, hub_folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llava", "architectures": ["Llava"]}))
+    code, _, err = run("describe", PICTURE, "-m", tmp_path / "other")
+    assert code == 1 and "'llava'" in err and err.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_used(run, hub_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_FASTVLM_CACHE", str(tmp_path / "file"))
+    code, _, err = run("describe", PICTURE, "-m", hub_folder("inference"))
+    assert code == 1 and "MLX_FASTVLM_CACHE" in err and err.count("\n") == 1
+
+
+def start(*arguments, **options):
+    """The installed command line as a process of its own."""
+    command = [sys.executable, "-c", "from mlx_fastvlm.cli import main; main()", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_ends_an_answer_cleanly(model):
+    process = start("describe", PICTURE, "-m", model, "--max-tokens", "30000", "--temp", "5", "--top-k", "50")
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err == "\nStopped.\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(model):
+    process = start("describe", PICTURE, "-m", model, "--max-tokens", "3000", "--temp", "5", "--top-k", "50")
+    process.stdout.read(1)
+    process.stdout.close()
+    process.wait(timeout=20)
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_ctrl_c_in_a_conversion_leaves_nothing(hub_folder, tmp_path):
+    script = (
+        "import sys, time\nfrom mlx_fastvlm.convert import convert\n"
+        "def slowly(*report): print('.', flush=True); time.sleep(0.2)\n"
+        "convert(sys.argv[1], sys.argv[2], on_progress=slowly)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(hub_folder("inference")), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(1)
+    assert len(list(tmp_path.iterdir())) == 1  # the folder being written aside
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert list(tmp_path.iterdir()) == []
+
+

@@ -1,0 +1,104 @@
+"""The layers of the project, read from the source: who may import what, and that nothing heavy is loaded to answer."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it there
+
+ROOT = Path(__file__).parent.parent
+RUNTIME = sorted((ROOT / "mlx_fastvlm").rglob("*.py"))
+CONVERTER = sorted((ROOT / "convert").glob("*.py"))
+
+# module → the only files that may import it at all
+ONLY_IN = {
+    "torch": {"convert/checkpoint.py"},
+    "typer": {"mlx_fastvlm/cli.py"},
+    "rich": {"mlx_fastvlm/cli.py"},
+    "PIL": {"mlx_fastvlm/image_processing.py"},
+    "huggingface_hub": {"mlx_fastvlm/hub.py"},
+    "httpx": {"mlx_fastvlm/image_source.py"},
+}
+# file or folder → parts of ours that it may import
+MAY_IMPORT = {
+    "mlx_fastvlm/errors.py": set(),
+    "mlx_fastvlm/config.py": {"errors"},
+    "mlx_fastvlm/kernels": {"kernels"},
+    "mlx_fastvlm/fastvithd.py": {"config", "kernels"},
+    "mlx_fastvlm/qwen2.py": {"config", "cache", "kernels"},
+    "mlx_fastvlm/model.py": {"config", "cache", "fastvithd", "qwen2", "kernels"},
+    "mlx_fastvlm/image_source.py": {"errors"},
+    "mlx_fastvlm/image_processing.py": {"errors", "image_source"},
+    "mlx_fastvlm/prompt.py": {"errors", "config"},
+    "mlx_fastvlm/sampling.py": {"errors"},
+    "mlx_fastvlm/text_stream.py": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules a file imports anywhere, TYPE_CHECKING included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", RUNTIME + CONVERTER, ids=name_of)
+def test_outside_libraries_stay_where_they_belong(path):
+    used = {name.partition(".")[0] for name in imports(path)}
+    for library, allowed in ONLY_IN.items():
+        assert library not in used or name_of(path) in allowed, f"{name_of(path)} imports {library}"
+    assert not used & {"tests", "training", "convert", "benchmarks"}
+
+
+@pytest.mark.parametrize("rule", MAY_IMPORT)
+def test_parts_of_ours_import_only_what_is_below_them(rule):
+    files = [ROOT / rule] if rule.endswith(".py") else sorted((ROOT / rule).glob("*.py"))
+    assert files
+    for path in files:
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("mlx_fastvlm.")}
+        assert ours <= MAY_IMPORT[rule], f"{name_of(path)} imports {sorted(ours - MAY_IMPORT[rule])}"
+
+
+def test_generate_never_prints():
+    tree = ast.parse((ROOT / "mlx_fastvlm" / "generate.py").read_text(encoding="utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "print"]
+
+
+def test_every_file_says_what_it_is():
+    for path in [*RUNTIME, *CONVERTER, *sorted((ROOT / "benchmarks").glob("*.py"))]:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name_of(path)} has no docstring"
+
+
+def test_the_list_of_packages_is_the_tree():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in RUNTIME}
+    folders |= {f"mlx_fastvlm.{name}" for name in ("convert", "benchmarks")}
+    assert set(settings["packages"]) == folders
+
+
+def test_answering_loads_nothing_heavy(tmp_path):
+    script = (
+        "import sys; from mlx_fastvlm import cli; sys.argv = ['mlx-fastvlm', 'describe', sys.argv[1], '--model', 'demo'];\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'transformers', 'mlx_lm', 'huggingface_hub', 'httpx', 'mlx_fastvlm.convert', 'rich.progress'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    picture = ROOT / "examples" / "scene-1.png"
+    done = subprocess.run([sys.executable, "-c", script, str(picture)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

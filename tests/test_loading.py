@@ -1,0 +1,130 @@
+"""From a name to a model: folders, the cache, the hub's absence, damaged conversions."""
+
+import json
+import os
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from mlx_fastvlm import load
+from mlx_fastvlm.errors import CheckpointError, ConfigError, FastVLMError, HubError, OptionError
+from mlx_fastvlm.loading import cache_folder, resolve_model
+from tests.reference.hub_checkpoint import write_hub_checkpoint
+
+
+def test_a_local_checkpoint_is_converted_once_into_the_cache(hub_folder):
+    reports = []
+    first = resolve_model(hub_folder("inference"), on_progress=lambda *report: reports.append(report))
+    assert first.is_relative_to(cache_folder())
+    assert reports
+    reports.clear()
+    assert resolve_model(hub_folder("inference"), on_progress=lambda *report: reports.append(report)) == first
+    assert reports == []
+
+
+def test_a_checkpoint_that_changes_is_converted_anew(tmp_path):
+    source = write_hub_checkpoint(tmp_path / "hub", config="tiny", seed=1)
+    first = resolve_model(source)
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    assert resolve_model(source) != first
+
+
+def test_a_hub_model_seen_before_needs_no_network(converted_folder):
+    home = cache_folder() / "hub" / "apple--FastVLM-0.5B"
+    shutil.copytree(converted_folder("inference"), home / "abc123")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc123")
+    assert resolve_model("apple/FastVLM-0.5B") == home / "abc123"
+    assert resolve_model("apple/FastVLM-0.5B", "abc123") == home / "abc123"
+
+
+def test_a_hub_download_is_converted_and_remembered(hub_folder, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(hub_folder("inference"), tmp_path / "snapshots" / "c0ffee")
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: apple-amlr\n---\n")
+    (snapshot / "LICENSE").write_text("terms")
+    monkeypatch.setattr("mlx_fastvlm.loading.download_checkpoint", lambda hub_id, revision: snapshot)
+    folder = resolve_model("apple/FastVLM-0.5B")
+    record = json.loads((folder / "conversion.json").read_text())
+    assert (record["source"], record["revision"], record["licence"]) == ("apple/FastVLM-0.5B", "c0ffee", "apple-amlr")
+    assert (folder / "LICENSE").read_text() == "terms"
+
+    monkeypatch.setattr("mlx_fastvlm.loading.download_checkpoint", None)
+    assert resolve_model("apple/FastVLM-0.5B") == folder
+
+
+def test_an_unreachable_hub_is_one_clear_error():
+    with pytest.raises(HubError, match="neither in the cache nor can it be downloaded.*--model demo"):
+        resolve_model("apple/FastVLM-0.5B")
+
+
+@pytest.mark.parametrize(
+    "name, options, error, text",
+    [
+        ("no/such/folder", {}, CheckpointError, "no folder"),
+        ("nothing", {}, CheckpointError, "no folder"),
+        (__file__, {}, CheckpointError, "is a file"),
+        (".", {"revision": "main"}, OptionError, "revision"),
+        ("demo", {"dtype": "int4"}, OptionError, "int4"),
+    ],
+)
+def test_wrong_names_and_options(name, options, error, text):
+    with pytest.raises(error, match=text):
+        load(name, **options)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ConfigError, match="no config.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_damaged_conversion_says_to_convert_again(name, damage, converted_folder, tmp_path):
+    folder = shutil.copytree(converted_folder("inference"), tmp_path / "model")
+    data = (folder / name).read_bytes()
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(b"" if damage == "empty" else data[: len(data) // 2])
+    with pytest.raises(FastVLMError, match="convert"):
+        load(folder)
+
+
+def test_weights_of_another_model_are_refused(converted_folder, tmp_path):
+    folder = shutil.copytree(converted_folder("inference"), tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load(folder)
+
+
+def test_a_newer_format_is_refused(converted_folder, tmp_path):
+    folder = shutil.copytree(converted_folder("inference"), tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"mlx_fastvlm": {"format": 99}}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_type_asked_for_is_the_type_computed_in(dtype, converted_folder):
+    model, _ = load(converted_folder("inference"), dtype=dtype)
+    assert model.dtype == getattr(mx, dtype)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written(hub_folder, tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    monkeypatch.setenv("MLX_FASTVLM_CACHE", str(tmp_path / "locked" / "cache"))
+    with pytest.raises(HubError, match="MLX_FASTVLM_CACHE"):
+        resolve_model(hub_folder("inference"))
+
+
+def test_a_cache_that_is_a_file(hub_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_FASTVLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(HubError, match="MLX_FASTVLM_CACHE"):
+        resolve_model(hub_folder("inference"))
+    with pytest.raises(HubError, match="MLX_FASTVLM_CACHE"):
+        resolve_model("apple/FastVLM-0.5B")

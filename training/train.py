@@ -1,0 +1,226 @@
+"""Train the demo model: `python -m training.train --work RUN_FOLDER`, then see `training.evaluate`.
+
+Four stages. Two stand in for the pretrained parts that FastVLM starts from, two are the paper's:
+
+    tower      FastViTHD alone, on dense labels of the pictures
+    decoder    Qwen2 alone, answering questions about captions given as text
+    projector  the projector alone, tower and decoder frozen
+    all        everything on the answers, the dense labels still helping
+
+Each stage has a budget of wall-clock minutes, which also drives its learning rate, and starts from the last checkpoint
+in the run folder; an interrupted stage continues where its last checkpoint was. One JSON line per report goes to log.jsonl.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from training import parallel
+from training.config import model_config
+from training.data import TrainingData, collate, to_pixel_values
+from training.dense import DenseHeads, dense_accuracy, dense_loss
+from training.dialogues import grammar_corpus
+from training.export import export
+from training.model import FastVLM
+from training.packing import Packer
+from training.tokenizer import load_tokenizer, train_tokenizer
+
+STAGES = ("tower", "decoder", "projector", "all")
+MINUTES = {"tower": 24.0, "decoder": 4.0, "projector": 2.0, "all": 30.0}
+PEAK_LR = {"tower": 3e-3, "decoder": 2e-3, "projector": 2e-3, "all": 1.5e-3}
+TOWER_LR_FACTOR = 0.5
+WARMUP = 0.05
+FROZEN_NORM_TAIL = 0.2
+WEIGHT_DECAY = 0.05
+DENSE_WEIGHT = 0.3
+BATCH = 20
+REPORT_EVERY, SAVE_EVERY = 50, 200
+SEED = 20251121
+
+
+class Run:
+    """The networks of a run, their checkpoint and their place in the endless data."""
+
+    def __init__(self, folder: Path, rank: int, world: int):
+        torch.manual_seed(SEED)
+        self.folder, self.rank, self.world = folder, rank, world
+        tokenizer = load_tokenizer(folder / "hub")
+        self.vocab_size = tokenizer.get_vocab_size()
+        config = model_config(self.vocab_size)
+        vision = config["vision_config"]
+        side = vision["image_size"] // vision["patch_size"]
+        self.model = FastVLM(config)
+        self.model.tower.to(memory_format=torch.channels_last)
+        self.heads = DenseHeads(vision["embed_dims"][2], config["mm_hidden_size"], side)
+        self.packer = Packer(tokenizer, side**2)
+        self.data = TrainingData()
+        self.samples_seen = 0
+        self.history = {}
+
+    def next_samples(self) -> list:
+        """This process's share of the next batch."""
+        first = self.samples_seen + self.rank
+        self.samples_seen += BATCH * self.world
+        return [self.data[index] for index in range(first, self.samples_seen, self.world)]
+
+    def save(self, **state) -> None:
+        parallel.average_batch_norms(self.model.tower)
+        if self.rank:
+            return
+        checkpoint = {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
+        checkpoint |= {"samples_seen": self.samples_seen, "history": self.history, **state}
+        temporary = self.folder / "checkpoint.tmp"
+        torch.save(checkpoint, temporary)
+        temporary.replace(self.folder / "checkpoint.pt")
+        export(self.model, self.folder / "hub", self.vocab_size)
+
+    def load(self) -> dict:
+        """Restore the last checkpoint, if any; returns it, for the stage's own state."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return {}
+        checkpoint = torch.load(path, weights_only=True)
+        self.model.load_state_dict(checkpoint["model"])
+        self.heads.load_state_dict(checkpoint["heads"])
+        self.samples_seen, self.history = checkpoint["samples_seen"], checkpoint["history"]
+        return checkpoint
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Linear warm-up, then cosine to 1% of the peak; progress in [0, 1]."""
+    if progress < WARMUP:
+        return (progress + 1e-3) / WARMUP
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP))))
+
+
+def parameter_groups(run: Run, stage: str) -> list[dict]:
+    """What a stage trains; matrices and filters decay, everything one-dimensional does not."""
+    model = run.model
+    parts = {
+        "tower": [(model.tower, 1.0), (run.heads, 1.0)],
+        "decoder": [(model.decoder, 1.0)],
+        "projector": [(model.mm_projector, 1.0)],
+        "all": [(model.tower, TOWER_LR_FACTOR), (run.heads, 1.0), (model.mm_projector, 1.0), (model.decoder, 1.0)],
+    }[stage]
+    groups = []
+    for part, factor in parts:
+        decayed = [p for p in part.parameters() if p.squeeze().ndim > 1]
+        plain = [p for p in part.parameters() if p.squeeze().ndim <= 1]
+        groups.append({"params": decayed, "weight_decay": WEIGHT_DECAY, "factor": factor})
+        groups.append({"params": plain, "weight_decay": 0.0, "factor": factor})
+    return groups
+
+
+def tower_loss(run: Run, samples: list) -> tuple[torch.Tensor, dict]:
+    pixels, labels, _ = collate(samples)
+    logits = run.heads(*run.model.tower.forward_maps(to_pixel_values(pixels)))
+    loss = dense_loss(logits, labels)
+    return loss, {"dense": dense_accuracy(logits, labels)}
+
+
+def decoder_loss(run: Run, samples: list) -> tuple[torch.Tensor, dict]:
+    packed = run.packer.pack([sample.dialogue for sample in samples], [sample.caption for sample in samples])
+    return run.model.answer_loss(packed, None), {}
+
+
+def answer_loss(run: Run, samples: list, train_tower: bool) -> tuple[torch.Tensor, dict]:
+    pixels, labels, conversations = collate(samples)
+    with torch.set_grad_enabled(train_tower):
+        middle, features = run.model.tower.forward_maps(to_pixel_values(pixels))
+    answers = run.model.answer_loss(run.packer.pack(conversations), run.model.encode_images(features))
+    if not train_tower:
+        return answers, {}
+    logits = run.heads(middle, features)
+    extra = {"answer_loss": answers.item(), "dense": dense_accuracy(logits, labels)}
+    return answers + DENSE_WEIGHT * dense_loss(logits, labels), extra
+
+
+def run_stage(run: Run, stage: str, minutes: float) -> None:
+    """Train one stage for its budget, reporting and saving on the way."""
+    losses = {
+        "tower": tower_loss,
+        "decoder": decoder_loss,
+        "projector": lambda run, samples: answer_loss(run, samples, train_tower=False),
+        "all": lambda run, samples: answer_loss(run, samples, train_tower=True),
+    }
+    state = run.load()
+    optimizer = torch.optim.AdamW(parameter_groups(run, stage), lr=0.0, betas=(0.9, 0.98))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    spent, step = 0.0, 0
+    if state.get("stage") == stage:
+        optimizer.load_state_dict(state["optimizer"])
+        spent, step = state["spent"], state["step"]
+    run.model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    run.model.train()
+    started = time.perf_counter() - spent
+    clock, total_loss, dense = time.perf_counter(), 0.0, {}
+    progress = torch.zeros(1)
+    while True:
+        progress[0] = (time.perf_counter() - started) / (60 * minutes)
+        parallel.average_([progress])
+        if progress >= 1:
+            break
+        if stage == "projector" or (stage == "all" and progress > 1 - FROZEN_NORM_TAIL):
+            run.model.tower.eval()
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LR[stage] * group["factor"] * learning_rate_factor(progress.item())
+        loss, extra = losses[stage](run, run.next_samples())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parallel.average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        total_loss += loss.item()
+        for name, (right, known) in extra.get("dense", {}).items():
+            before = dense.get(name, (0, 0))
+            dense[name] = (before[0] + right, before[1] + known)
+        if step % REPORT_EVERY == 0:
+            now = time.perf_counter()
+            line = {"stage": stage, "step": step, "seconds": round(now - started, 1), "samples": run.samples_seen}
+            line["loss"] = round(total_loss / REPORT_EVERY, 4)
+            if "answer_loss" in extra:
+                line["answer_loss"] = round(extra["answer_loss"], 4)
+            line["images_per_second"] = round(REPORT_EVERY * BATCH * run.world / (now - clock), 1)
+            line["dense_accuracy"] = {name: round(r / max(1, k), 4) for name, (r, k) in dense.items()}
+            clock, total_loss, dense = now, 0.0, {}
+            if run.rank == 0:
+                print(json.dumps(line), flush=True)
+                with (run.folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+            run.history[stage] = line
+        if step % SAVE_EVERY == 0:
+            spent = time.perf_counter() - started
+            run.save(stage=stage, optimizer=optimizer.state_dict(), spent=spent, step=step)
+    run.save(stage=f"{stage} done")
+
+
+def work(rank: int, world: int, folder: Path, stages: list[str], minutes: dict[str, float]) -> None:
+    run = Run(folder, rank, world)
+    for stage in stages:
+        run_stage(run, stage, minutes[stage])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="run folder: checkpoint.pt, log.jsonl and hub/")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to run, in order")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes, one thread each")
+    for stage in STAGES:
+        parser.add_argument(f"--{stage}-minutes", type=float, default=MINUTES[stage], help="default: %(default)s")
+    args = parser.parse_args()
+    if not (args.work / "hub" / "vocab.json").exists():
+        train_tokenizer(grammar_corpus(), args.work / "hub")
+    minutes = {stage: getattr(args, f"{stage}_minutes") for stage in STAGES}
+    parallel.launch(work, args.processes, args.work, args.stages, minutes)
+
+
+if __name__ == "__main__":
+    main()
