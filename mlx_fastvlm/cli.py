@@ -19,10 +19,13 @@ import typer
 
 from mlx_fastvlm import __version__
 from mlx_fastvlm.errors import FastVLMError, OptionError
+from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.loading import DEFAULT_MODEL, OnProgress
 
 if TYPE_CHECKING:
     from mlx_fastvlm.generate import GenerationResponse
+    from mlx_fastvlm.model import FastVLM
+    from mlx_fastvlm.processor import Processor
 
 # The base of every wrong-usage error. Newer typers carry a copy of click, older ones use click itself; both lead here.
 _UsageErrors = typer.BadParameter.__mro__[2]
@@ -251,11 +254,16 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _load(model: str, dtype: DType | None, revision: str | None):
-    from mlx_fastvlm.loading import load
+def _load(model: str, dtype: DType | None, revision: str | None) -> tuple[FastVLM, Processor]:
+    from mlx_fastvlm.loading import LARGE_MODEL_BYTES, load, on_slow_cpu, resolve_model
 
     with _progress() as on_progress:
-        return load(model, dtype=dtype and dtype.value, revision=revision, on_progress=on_progress)
+        folder = resolve_model(model, revision, on_progress)
+        loaded = load(folder, dtype=dtype and dtype.value)
+    size = (folder / "model.safetensors").stat().st_size
+    if size > LARGE_MODEL_BYTES and on_slow_cpu() and not cpu.installed():
+        print("Many times faster on this CPU: pip install 'mlx-fastvlm[cpu]'", file=sys.stderr)
+    return loaded
 
 
 @contextmanager

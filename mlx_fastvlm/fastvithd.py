@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm.config import VisionConfig
-from mlx_fastvlm.kernels import depthwise_conv, gelu, linear_gelu
+from mlx_fastvlm.kernels import depthwise_conv, feed_forward, gelu, linear_gelu, self_attention
 
 LAYER_NORM_EPS = 1e-5
 SQUEEZE_RATIO = 0.0625  # squeeze-excite narrows to 1/16 of the channels
@@ -33,9 +33,9 @@ class DepthwiseConv(nn.Module):
         self.bias = mx.zeros((in_channels * multiplier,))
         self._stride = stride
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) → (B, H/stride, W/stride, C·multiplier)."""
-        return depthwise_conv(x, self.weight, self.bias, self._stride)
+    def __call__(self, x: mx.array, gelu: bool = False) -> mx.array:
+        """(B, H, W, C) → (B, H/stride, W/stride, C·multiplier), through GELU if asked."""
+        return depthwise_conv(x, self.weight, self.bias, self._stride, gelu)
 
 
 class StemConv(nn.Module):
@@ -59,9 +59,12 @@ class MobileOneBlock(nn.Module):
         self.reparam_conv = reparam_conv
 
     def __call__(self, x: mx.array) -> mx.array:
-        if isinstance(self.reparam_conv, nn.Linear):
-            return linear_gelu(x, self.reparam_conv.weight, self.reparam_conv.bias)
-        return gelu(self.reparam_conv(x))
+        conv = self.reparam_conv
+        if isinstance(conv, nn.Linear):
+            return linear_gelu(x, conv.weight, conv.bias)
+        if isinstance(conv, DepthwiseConv):
+            return conv(x, gelu=True)
+        return gelu(conv(x))
 
 
 class ReparamLargeKernelConv(nn.Module):
@@ -72,7 +75,7 @@ class ReparamLargeKernelConv(nn.Module):
         self.lkb_reparam = DepthwiseConv(in_channels, 7, stride=2, multiplier=out_channels // in_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return gelu(self.lkb_reparam(x))
+        return self.lkb_reparam(x, gelu=True)
 
 
 class PatchEmbed(nn.Module):
@@ -114,7 +117,7 @@ class RepMixer(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Depthwise 7×7 (BatchNorm inside) → Linear → GELU → Linear (layer scale inside)."""
+    """x + (depthwise 7×7, BatchNorm inside → Linear → GELU → Linear, layer scale inside)."""
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
@@ -123,7 +126,8 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden_channels, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(linear_gelu(self.conv(x), self.fc1.weight, self.fc1.bias))
+        fc1, fc2 = ((layer.weight, layer.bias) for layer in (self.fc1, self.fc2))
+        return feed_forward(self.conv(x), fc1, fc2, residual=x)
 
 
 class MHSA(nn.Module):
@@ -138,9 +142,8 @@ class MHSA(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) → (B, H, W, C)."""
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, -1, self._head_dim).transpose(2, 0, 3, 1, 4)
-        out = mx.fast.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self._head_dim**-0.5)
-        return self.proj(out.transpose(0, 2, 1, 3).reshape(batch, height, width, channels))
+        mixed = self_attention(self.qkv(x).reshape(batch, height * width, -1), self._head_dim)
+        return self.proj(mixed).reshape(batch, height, width, channels)
 
 
 class LayerNormChannel(nn.Module):
@@ -164,8 +167,7 @@ class RepMixerBlock(nn.Module):
         self.convffn = ConvFFN(channels, channels * mlp_ratio)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.token_mixer(x)
-        return x + self.convffn(x)
+        return self.convffn(self.token_mixer(x))
 
 
 class AttentionBlock(nn.Module):
@@ -178,8 +180,7 @@ class AttentionBlock(nn.Module):
         self.convffn = ConvFFN(channels, channels * mlp_ratio)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.token_mixer(self.norm(x))
-        return x + self.convffn(x)
+        return self.convffn(x + self.token_mixer(self.norm(x)))
 
 
 class SEBlock(nn.Module):

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_fastvlm.blas import use_openblas
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
+from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.safetensors_file import check_safetensors
@@ -24,6 +29,7 @@ DEMO = "demo"
 CACHE_VARIABLE = "MLX_FASTVLM_CACHE"
 FORMAT_KEY = "mlx_fastvlm"  # in config.json: marks the converter's layout
 FORMAT_VERSION = 1
+LARGE_MODEL_BYTES = 100_000_000  # beyond it, the extra `cpu` decides between seconds and minutes
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
@@ -66,10 +72,11 @@ def load_model(folder: Path, config: FastVLMConfig, dtype: str | None = None) ->
     weights = mx.load(str(path))
     target = compute_dtype(weights["language_model.norm.weight"].dtype, dtype)
     model = FastVLM(config)
-    for name in list(weights):
-        # One at a time: the stored copy of a weight is freed before the next is read.
-        weights[name] = weights[name].astype(target)
-        mx.eval(weights[name])
+    with _cpu_prepared(path.stat().st_size, target):
+        for name in list(weights):
+            # One at a time: the stored copy of a weight is freed before the next is read.
+            weights[name] = weights[name].astype(target)
+            mx.eval(weights[name])
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
@@ -84,6 +91,25 @@ def compute_dtype(stored: mx.Dtype, asked: str | None) -> mx.Dtype:
     if asked is not None:
         return DTYPES[asked]
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else stored
+
+
+@contextmanager
+def _cpu_prepared(size: int, dtype: mx.Dtype) -> Iterator[None]:
+    """On a Linux CPU: put the fast matrix product in place, and for a large model load the loops while weights load."""
+    if not on_slow_cpu():
+        yield
+        return
+    use_openblas()
+    with ThreadPoolExecutor(1) as pool:
+        warmed = pool.submit(cpu.warm_up) if size > LARGE_MODEL_BYTES and dtype == mx.float32 else None
+        yield
+    if warmed:
+        warmed.result()
+
+
+def on_slow_cpu() -> bool:
+    """Whether MLX computes on a Linux CPU, where its own matrix product and loops are slow."""
+    return sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu
 
 
 def resolve_model(

@@ -11,6 +11,14 @@ import mlx.nn as nn
 
 from mlx_fastvlm.cache import KVCache
 from mlx_fastvlm.config import TextConfig
+from mlx_fastvlm.kernels import linear, swiglu
+
+
+class Linear(nn.Linear):
+    """A Linear layer through the kernel that knows how to do a single row."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return linear(x, self.weight, self.bias if "bias" in self else None)
 
 
 class RMSNorm(nn.Module):
@@ -31,8 +39,8 @@ class Attention(nn.Module):
         self._head_dim = config.head_dim
         self._rope_theta = config.rope_theta
         width = (self._num_heads + 2 * self._num_kv_heads) * self._head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, width)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, width)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         """(B, L, hidden) → (B, L, hidden); the L positions follow those in `cache` and are added to it."""
@@ -59,12 +67,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(gate * mx.sigmoid(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -89,7 +96,7 @@ class Qwen2(nn.Module):
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def make_cache(self) -> list[KVCache]:
         """An empty cache for each layer."""
@@ -106,4 +113,4 @@ class Qwen2(nn.Module):
         """(..., hidden) → (..., vocab_size)."""
         if "lm_head" in self:
             return self.lm_head(hidden_states)
-        return self.embed_tokens.as_linear(hidden_states)
+        return linear(hidden_states, self.embed_tokens.weight)

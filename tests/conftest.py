@@ -20,7 +20,9 @@ def hub_folder(tmp_path_factory):
     def folder(form: str) -> Path:
         if form not in made:
             seed = int(np.load(GOLDEN / f"tiny_{form}.npz")["seed"])
-            made[form] = write_hub_checkpoint(tmp_path_factory.mktemp("hub") / form, config="tiny", form=form, seed=seed)
+            made[form] = write_hub_checkpoint(
+                tmp_path_factory.mktemp("hub") / form, config="tiny", form=form, seed=seed
+            )
         return made[form]
 
     return folder

@@ -78,7 +78,9 @@ def test_fit_changes_what_is_seen(run, model):
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize("option", [("--seed", 7, "--temp", 2), ("--stop", "zzzz"), ("--top-k", 3, "--temp", 1, "--top-p", 0.9)])
+@pytest.mark.parametrize(
+    "option", [("--seed", 7, "--temp", 2), ("--stop", "zzzz"), ("--top-k", 3, "--temp", 1, "--top-p", 0.9)]
+)
 def test_sampling_options_are_taken(option, run, model):
     assert run("describe", PICTURE, "-m", model, "--max-tokens", 3, *option)[0] == 0
 
@@ -109,7 +111,9 @@ def bomb(path):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
 
 
 def cut(path):
@@ -164,7 +168,9 @@ BAD_COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, text", BAD_COMMANDS, ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, text", BAD_COMMANDS, ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else ""
+)
 def test_mistakes_are_one_line_and_exit_code_1(arguments, text, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*arguments)
@@ -228,5 +234,3 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(hub_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert list(tmp_path.iterdir()) == []
-
-

@@ -29,7 +29,8 @@ ONLY_IN = {
 MAY_IMPORT = {
     "mlx_fastvlm/errors.py": set(),
     "mlx_fastvlm/config.py": {"errors"},
-    "mlx_fastvlm/kernels": {"kernels"},
+    "mlx_fastvlm/blas.py": set(),
+    "mlx_fastvlm/kernels": {"kernels", "blas"},
     "mlx_fastvlm/fastvithd.py": {"config", "kernels"},
     "mlx_fastvlm/qwen2.py": {"config", "cache", "kernels"},
     "mlx_fastvlm/model.py": {"config", "cache", "fastvithd", "qwen2", "kernels"},

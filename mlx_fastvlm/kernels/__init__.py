@@ -1,6 +1,13 @@
-"""Fused operations: each file has the op, its plain reference and the choice between them. Kernels know shapes only."""
+"""Fused operations, one per file: `<op>` chooses, `<op>_reference` is plain MLX ops, the others are fast versions.
+
+Kernels know shapes, not configs. MLX_FASTVLM_KERNELS=reference gives the plain result everywhere.
+"""
 
 from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv
+from mlx_fastvlm.kernels.feed_forward import feed_forward
 from mlx_fastvlm.kernels.gelu import gelu, linear_gelu
+from mlx_fastvlm.kernels.linear import linear
+from mlx_fastvlm.kernels.self_attention import self_attention
+from mlx_fastvlm.kernels.swiglu import swiglu
 
-__all__ = ["depthwise_conv", "gelu", "linear_gelu"]
+__all__ = ["depthwise_conv", "feed_forward", "gelu", "linear", "linear_gelu", "self_attention", "swiglu"]
