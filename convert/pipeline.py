@@ -80,8 +80,9 @@ def convert(
     raw_config = read_config_dict(folder)
     if FORMAT_KEY in raw_config:
         raise CheckpointError(f"{folder} is converted already; give the original checkpoint.")
+    stated = FastVLMConfig.from_dict(raw_config)
     checkpoint = Checkpoint(folder)
-    config, notices = _settle_head(FastVLMConfig.from_dict(raw_config), checkpoint)
+    config, notices = _settle_head(stated, checkpoint)
     found = sites(config)
     dropped = check_names(found, set(checkpoint.names()) - _tied_head(config, checkpoint), checkpoint)
     if _tied_head(config, checkpoint):

@@ -6,6 +6,7 @@ Answers go to stdout; everything else goes to stderr. Exit codes: 0 done, 1 some
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from mlx_fastvlm.model import FastVLM
     from mlx_fastvlm.processor import Processor
 
+_INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 # The base of every wrong-usage error. Newer typers carry a copy of click, older ones use click itself; both lead here.
 _UsageErrors = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="mlx-fastvlm",
     help="Run Apple's FastVLM on MLX: describe pictures, convert checkpoints.",
-    epilog="Start without any download: mlx-fastvlm describe examples/scene-1.png --model demo",
+    epilog="Start without any download: mlx-fastvlm describe examples/shapes-two.png --model demo",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -123,8 +125,10 @@ def describe(
     from mlx_fastvlm.image_source import read_image_bytes
 
     # A wrong picture should be known before seconds of loading, and its bytes be here before the clock starts.
-    image_bytes = read_image_bytes(image)
-    open_image(image_bytes)
+    picture = io.BytesIO(read_image_bytes(image))
+    picture.name = image
+    open_image(picture)
+    picture.seek(0)
     loaded, processor = _load(model, dtype, revision)
     if fit is not None:
         processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
@@ -132,7 +136,7 @@ def describe(
         loaded,
         processor,
         question,
-        image=image_bytes,
+        image=picture,
         max_tokens=max_tokens,
         temp=temp,
         top_p=top_p,
@@ -233,7 +237,9 @@ def _options(
 def main() -> None:
     """Entry point: run the command line, with known errors as one line on stderr."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # typer has caught the Ctrl-C
+            raise KeyboardInterrupt
     except FastVLMError as error:
         code = _fail(str(error))
     except _UsageErrors as error:
@@ -241,7 +247,7 @@ def main() -> None:
         code = _fail(f"{message}. See: mlx-fastvlm --help")
     except (KeyboardInterrupt, typer.Abort):
         print("\nStopped.", file=sys.stderr)
-        code = 130
+        code = _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as in `| head -1`; Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -123,7 +123,7 @@ def cut(path):
 
 BAD_IMAGES = {
     "missing": (lambda path: None, "no file"),
-    "text": (lambda path: path.write_text("hello, I am not a picture"), "not an image"),
+    "text": (lambda path: path.write_text("hello, I am not a picture"), "picture.png is text"),
     "empty": (lambda path: path.write_bytes(b""), "empty"),
     "cut off": (cut, "cut off"),
     "folder": (lambda path: path.mkdir(), "folder"),
@@ -158,7 +158,7 @@ BAD_COMMANDS = [
     (["describe", PICTURE, "--repetition-penalty", "0", "-m", "demo"], "repetition_penalty"),
     (["describe", PICTURE, "--revision", "v1", "-m", "demo"], "revision"),
     (["describe", PICTURE, "--colour", "blue"], "--colour"),
-    (["describe", "-", "-m", "demo"], "standard input"),
+    (["describe", "-", "-m", "demo"], "Standard input is empty"),
     (["describe", "http://127.0.0.1:9/picture.png", "-m", "demo"], "127.0.0.1"),
     (["convert", "no-such-folder", "out"], "neither a folder nor a hub id"),
     (["convert", str(GOLDEN), "no/such/place"], "no/such"),

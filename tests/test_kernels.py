@@ -4,6 +4,7 @@ The CPU versions are tested where the extra `cpu` is installed. They are called 
 for large arrays, which tests/parity exercises at full width.
 """
 
+import os
 import subprocess
 import sys
 
@@ -128,6 +129,7 @@ def test_matrix_products_stay_right_on_openblas():
 
 
 def test_the_blas_can_be_left_alone():
-    script = "import os; os.environ['MLX_FASTVLM_BLAS'] = 'off'; from mlx_fastvlm import blas; print(blas.use_openblas()); print(blas.in_use())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = "from mlx_fastvlm import blas; print(blas.use_openblas()); print(blas.in_use())"
+    environment = {**os.environ, "MLX_FASTVLM_BLAS": "off"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines() == ["off: MLX_FASTVLM_BLAS=off", "False"]

@@ -99,7 +99,7 @@ def test_answering_loads_nothing_heavy(tmp_path):
         "heavy = {'torch', 'transformers', 'mlx_lm', 'huggingface_hub', 'httpx', 'mlx_fastvlm.convert', 'rich.progress'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    picture = ROOT / "examples" / "scene-1.png"
+    picture = ROOT / "examples" / "shapes-two.png"
     done = subprocess.run([sys.executable, "-c", script, str(picture)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
