@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -23,9 +25,9 @@ from mlx_fastvlm.config import FastVLMConfig, read_config_dict, vision_config_di
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
 from mlx_fastvlm.image_processing import ImageProcessor
-from mlx_fastvlm.loading import DTYPES, FORMAT_KEY, FORMAT_VERSION, OnProgress
+from mlx_fastvlm.loading import DTYPES, FORMAT_KEY, FORMAT_VERSION, OnProgress, as_path
 from mlx_fastvlm.model import FastVLM
-from mlx_fastvlm.safetensors_file import write_safetensors
+from mlx_fastvlm.safetensors_file import check_safetensors, write_safetensors
 
 from .checkpoint import Checkpoint
 from .key_map import check_names, sites
@@ -64,11 +66,11 @@ def convert(
     Raises:
         FastVLMError: a child of it says what is wrong; nothing is left behind.
     """
-    destination = Path(destination)
+    destination = as_path(destination)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     _check_destination(destination, force)
-    folder = Path(source).expanduser()
+    folder = as_path(source)
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(str(source)):
             raise CheckpointError(f"{source} is neither a folder nor a hub id such as apple/FastVLM-0.5B.")
@@ -95,20 +97,21 @@ def convert(
     with _written_aside(destination, force) as aside:
         check = self_check(found, checkpoint)
         _write_weights(aside / "model.safetensors", found, shapes, checkpoint, DTYPES[dtype], on_progress)
+        check_safetensors(aside / "model.safetensors")
         write_tokenizer(folder, aside)
         fit = "pad" if config.image_aspect_ratio == "pad" else "crop"
         _write_json(
             aside / "preprocessor_config.json", ImageProcessor(config.vision_config.image_size, fit=fit).to_dict()
         )
-        for path in [*folder.glob("LICENSE*"), folder / "generation_config.json"]:
-            if path.exists():
+        for path in [*folder.glob("LICENSE*"), *folder.glob("ACKNOWLEDGEMENTS*"), folder / "generation_config.json"]:
+            if path.is_file():
                 shutil.copyfile(path, aside / path.name)
         _write_json(
             aside / "conversion.json",
             {
                 "source": source_name or str(source),
                 "revision": revision,
-                "licence": _licence(folder),
+                "license": _license(folder),
                 "dtype": dtype,
                 "folded": _folded(found, checkpoint),
                 "dropped": Counter(dropped.values()),
@@ -133,11 +136,14 @@ def convert(
 
 def _settle_head(config: FastVLMConfig, checkpoint: Checkpoint) -> tuple[FastVLMConfig, list[str]]:
     """Whether the head is tied, by what is stored: some configs of FastVLM say the opposite of their weights."""
-    tied = config.text_config.tie_word_embeddings
-    if not tied or _HEAD not in checkpoint or _EMBEDDINGS not in checkpoint or _same_head(checkpoint):
+    says_tied, is_stored = config.text_config.tie_word_embeddings, _HEAD in checkpoint
+    if says_tied and is_stored and _EMBEDDINGS in checkpoint and not _same_head(checkpoint):
+        notice = "config.json says tie_word_embeddings, but lm_head differs from the embeddings: it is kept."
+    elif not says_tied and not is_stored:
+        notice = "config.json says that embeddings and head are not tied, but no lm_head is stored: they are tied."
+    else:
         return config, []
-    untied = replace(config, text_config=replace(config.text_config, tie_word_embeddings=False))
-    return untied, ["config.json says tie_word_embeddings, but lm_head differs from the embeddings: kept as its own."]
+    return replace(config, text_config=replace(config.text_config, tie_word_embeddings=not says_tied)), [notice]
 
 
 def _same_head(checkpoint: Checkpoint) -> bool:
@@ -226,15 +232,16 @@ def _folded(found: list[AnySite], checkpoint: Checkpoint) -> dict[str, int]:
     }
 
 
-def _licence(folder: Path) -> str:
-    """The licence the source's model card states, else where to look for it."""
+def _license(folder: Path) -> str:
+    """The license the source's model card states, else where to look for it."""
     card = folder / "README.md"
-    if card.exists():
-        stated = re.findall(
-            r"^license(?:_name)?:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-        )
-        if stated:
-            return stated[-1] if stated[0] == "other" else stated[0]
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        front_matter = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
+        lines = front_matter[1] if front_matter else ""
+        stated = dict(re.findall(r"^(license|license_name):\s*['\"]?([\w.-]+)", lines, re.MULTILINE))
+        if "license" in stated:
+            return stated.get("license_name", stated["license"])
     return "see LICENSE" if any(folder.glob("LICENSE*")) else "not stated by the source"
 
 
@@ -253,16 +260,14 @@ def _check_destination(destination: Path, force: bool) -> None:
 @contextmanager
 def _written_aside(destination: Path, force: bool) -> Iterator[Path]:
     """A new folder beside `destination` that takes its place at the end, or vanishes on any error or Ctrl-C."""
-    destination = destination.absolute()
+    destination = destination.resolve()
+    _remove_abandoned(destination)
     aside = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         aside.mkdir()
         yield aside
         if force and destination.exists():
-            old = aside.with_suffix(".old")
-            destination.rename(old)
-            aside.rename(destination)
-            shutil.rmtree(old)
+            _exchange(aside, destination)
         else:
             aside.rename(destination)
     except OSError as error:
@@ -274,6 +279,25 @@ def _written_aside(destination: Path, force: bool) -> Iterator[Path]:
         raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(aside: Path, destination: Path) -> None:
+    """Put `aside` in the place of `destination`; if that fails, the old folder is back where it was."""
+    old = aside.with_suffix(".old")
+    destination.rename(old)
+    try:
+        aside.rename(destination)
+    except BaseException:
+        old.rename(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Remove what a conversion to the same place left when it was killed outright, a day or more ago."""
+    for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -54,7 +54,7 @@ class Conv:
         return mx.zeros((self.out_channels, self.kernel_size, self.kernel_size, self.in_channels // self.groups))
 
     def padded(self, kernel: mx.array) -> mx.array:
-        """A smaller odd kernel, centred in k×k."""
+        """A smaller odd kernel, centered in k×k."""
         margin = (self.kernel_size - kernel.shape[1]) // 2
         return mx.pad(kernel, [(0, 0), (margin, margin), (margin, margin), (0, 0)])
 

@@ -80,9 +80,9 @@ def use_openblas() -> str:
     try:
         lib = openblas()
         if lib is None:
-            return "off: scipy-openblas32 is not installed "
+            return "off: scipy-openblas32 is not installed"
         slot = _slot("cblas_sgemm")
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # AttributeError: a build of OpenBLAS without these symbols
         return f"off: {error}"
     if slot is None:
         return "off: this build of MLX does not reach cblas_sgemm through a writable slot"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +24,8 @@ from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.loading import DEFAULT_MODEL, OnProgress
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from mlx_fastvlm.generate import GenerationResponse
     from mlx_fastvlm.model import FastVLM
     from mlx_fastvlm.processor import Processor
@@ -98,7 +100,7 @@ def describe(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 means all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.", show_default="random")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes draws repeatable.", show_default="random")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End the answer before this text; may be given again.", show_default=False)
     ] = None,
@@ -120,10 +122,19 @@ def describe(
         raise OptionError("Both a prompt and --preset are given; give one of them.")
     question = PRESET_PROMPTS[preset or Preset.describe] if prompt is None else prompt
 
-    from mlx_fastvlm.generate import stream_generate
+    from mlx_fastvlm.generate import check_options, stream_generate
     from mlx_fastvlm.image_processing import open_image
     from mlx_fastvlm.image_source import read_image_bytes
 
+    sampling = {
+        "max_tokens": max_tokens,
+        "temp": temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    check_options(**sampling)
     # A wrong picture should be known before seconds of loading, and its bytes be here before the clock starts.
     picture = io.BytesIO(read_image_bytes(image))
     picture.name = image
@@ -137,14 +148,9 @@ def describe(
         processor,
         question,
         image=picture,
-        max_tokens=max_tokens,
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
         stop=stop or (),
         system=system,
+        **sampling,
     )
     text = ""
     for response in responses:
@@ -236,23 +242,31 @@ def _options(
 
 def main() -> None:
     """Entry point: run the command line, with known errors as one line on stderr."""
+    signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader leaves, as in `| head -1`
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
         code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
         if code == _INTERRUPTED:  # typer has caught the Ctrl-C
             raise KeyboardInterrupt
     except FastVLMError as error:
         code = _fail(str(error))
     except _UsageErrors as error:
-        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")  # pydantic's words, typer's message
         code = _fail(f"{message}. See: mlx-fastvlm --help")
     except (KeyboardInterrupt, typer.Abort):
         print("\nStopped.", file=sys.stderr)
         code = _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `| head -1`; Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except OSError as error:
+        code = _fail(f"The output cannot be written: {error.strerror or error}.")
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> int:
@@ -265,11 +279,22 @@ def _load(model: str, dtype: DType | None, revision: str | None) -> tuple[FastVL
 
     with _progress() as on_progress:
         folder = resolve_model(model, revision, on_progress)
-        loaded = load(folder, dtype=dtype and dtype.value)
+    loaded, processor = load(folder, dtype=dtype and dtype.value)
     size = (folder / "model.safetensors").stat().st_size
-    if size > LARGE_MODEL_BYTES and on_slow_cpu() and not cpu.installed():
-        print("Many times faster on this CPU: pip install 'mlx-fastvlm[cpu]'", file=sys.stderr)
-    return loaded
+    if size > LARGE_MODEL_BYTES and on_slow_cpu():
+        _advise_on_speed(loaded.dtype)
+    return loaded, processor
+
+
+def _advise_on_speed(dtype: mx.Dtype) -> None:
+    """One line on what would make a large model many times faster on a Linux CPU, if anything would."""
+    from mlx.core import float32
+
+    if dtype != float32:
+        print("Many times faster on this CPU: --dtype float32", file=sys.stderr)
+    elif cpu.missing() is not None:
+        advice = "pip install scipy-openblas32 numba, see docs/cpu.md"
+        print(f"Many times faster on this CPU: {advice} (now: {cpu.missing()})", file=sys.stderr)
 
 
 @contextmanager

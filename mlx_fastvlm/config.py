@@ -195,6 +195,8 @@ def _refuse_what_is_not_fastvlm(raw: dict[str, Any]) -> None:
         ("use_sliding_window", (False, None)),
         ("rope_scaling", (None,)),
         ("mm_vision_select_feature", ("patch", None)),
+        ("mm_use_im_start_end", (False, None)),
+        ("mm_use_im_patch_token", (False, None)),
     ):
         if raw.get(field) not in supported:
             raise ConfigError(f"config.json says {field} {raw[field]!r}; FastVLM uses {supported[0]!r}.")

@@ -38,7 +38,7 @@ class GenerationResponse:
         peak_memory: most memory MLX has held, in GB (10⁹ bytes).
         finish_reason: "stop" or "length" on the last response, None before.
         timings: seconds by stage up to the first token: decode, resize, encode, project (with images), tokenize,
-            prefill, first_token. They add up to ttft but for Python's overhead.
+            prefill, first_token. They add up to ttft.
     """
 
     text: str
@@ -62,35 +62,41 @@ def generate_step(
     sampler: Sampler,
     repetition_penalty: float = 1.0,
 ) -> Iterator[int]:
-    """Yield tokens one by one; the next step runs on the device while the caller handles the last token.
+    """Yield tokens one by one; on a GPU the next step runs while the caller handles the last token.
 
     Args:
         prompt_logits: (1, vocab) for the position after the prompt.
         model: decodes.
-        cache: holds the prompt; extended in place, by one position more than was yielded when the caller stops early.
+        cache: holds the prompt; extended in place by the tokens yielded, less the last, plus one on a GPU.
         max_tokens: how many tokens to yield at most.
         sampler: draws a token from logits.
         repetition_penalty: above 1 makes tokens of this answer less likely to return.
     """
     decoder = model.language_model
-    generated: list[mx.array] = []
+    # Working ahead pays where the device computes by itself. Not before the first token: that one is waited for.
+    works_ahead = mx.default_device().type == mx.DeviceType.gpu
+    generated: mx.array | None = None
 
     def draw(logits: mx.array) -> mx.array:
-        if repetition_penalty != 1.0 and generated:
-            logits = penalize_repetition(logits, mx.stack(generated, axis=1), repetition_penalty)
+        nonlocal generated
+        if generated is not None:
+            logits = penalize_repetition(logits, generated, repetition_penalty)
         token = sampler(logits)
-        generated.append(token)
+        if repetition_penalty != 1.0:
+            generated = token[:, None] if generated is None else mx.concatenate([generated, token[:, None]], axis=1)
         mx.async_eval(token)
         return token
 
+    def following(token: mx.array) -> mx.array:
+        hidden = decoder.hidden_states(decoder.embed_tokens(token[:, None]), cache)
+        return draw(decoder.logits(hidden[:, -1]))
+
     token = draw(prompt_logits)
-    for step in range(max_tokens):
-        upcoming = None
-        if step + 1 < max_tokens:
-            hidden = decoder.hidden_states(decoder.embed_tokens(token[:, None]), cache)
-            upcoming = draw(decoder.logits(hidden[:, -1]))
+    for count in range(1, max_tokens + 1):
+        upcoming = following(token) if works_ahead and 1 < count < max_tokens else None
         yield token.item()
-        token = upcoming
+        if count < max_tokens:
+            token = following(token) if upcoming is None else upcoming
 
 
 def prefill(model: FastVLM, inputs_embeds: mx.array, cache: list[KVCache]) -> mx.array:
@@ -126,7 +132,7 @@ def stream_generate(
 
     Args:
         model, processor: from `load`.
-        prompt: a question, or messages in OpenAI's form (see `prompt.build_prompt`).
+        prompt: a question, or messages (see `prompt.build_prompt`).
         image: a path, URL, "-" (standard input), bytes, PIL image or (H, W, 3) uint8 array; or a list of them.
         max_tokens: longest answer in tokens.
         temp, top_p, top_k, seed: see `sampling.make_sampler`.
@@ -140,11 +146,10 @@ def stream_generate(
     Raises:
         OptionError, ImageError: on the first `next`, before anything is yielded.
     """
+    check_options(
+        max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
+    )
     sampler = make_sampler(temp, top_p, top_k, seed)
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens is {max_tokens}; expected 1 or more.")
-    if not repetition_penalty > 0:
-        raise OptionError(f"repetition_penalty is {repetition_penalty}; expected a value above 0.")
     if isinstance(stop, str):
         stop = [stop]
     clock = _StageClock()
@@ -198,6 +203,17 @@ def generate(
 ) -> str:
     """The whole answer as one string; arguments as in `stream_generate`."""
     return "".join(response.text for response in stream_generate(model, processor, prompt, image, **options))
+
+
+def check_options(
+    *, max_tokens: int, temp: float, top_p: float, top_k: int, repetition_penalty: float, seed: int | None
+) -> None:
+    """Refuse numbers out of range, before a model is loaded for them. Raises OptionError."""
+    make_sampler(temp, top_p, top_k, seed)
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens is {max_tokens}; expected 1 or more.")
+    if not 0 < repetition_penalty < float("inf"):
+        raise OptionError(f"repetition_penalty is {repetition_penalty}; expected a value above 0.")
 
 
 class _StageClock:

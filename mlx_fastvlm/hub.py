@@ -31,7 +31,11 @@ def download_checkpoint(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_PATTERNS)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(_PATTERNS), ignore_patterns=["*/*"])
+        )
+    except hub_errors.HFValidationError:
+        raise HubError(f"{hub_id!r} is not a valid hub id; expected owner/name, such as apple/FastVLM-0.5B.") from None
     except hub_errors.GatedRepoError:
         raise HubError(f"{hub_id} needs permission: accept its terms on the hub, then run `hf auth login`.") from None
     except hub_errors.RevisionNotFoundError:

@@ -68,8 +68,8 @@ def open_image(source: ImageSource, *, background: Background = "white") -> Imag
     - Transparent pixels are laid over `background`. White by default: what is mostly transparent is dark ink made for
       a white page (logos, diagrams, formulas), and dropping the alpha channel instead, as LLaVA does, shows whatever
       color happens to lie under the transparent pixels, usually black on black.
-    - 16-bit greys are divided by 257, so that 65535 becomes 255; Pillow alone would clip them at 255. For wider greys
-      see `_eight_bit_grey`. 16-bit color is reduced to 8 bits by Pillow itself.
+    - 16-bit grays are divided by 257, so that 65535 becomes 255; Pillow alone would clip them at 255. For wider grays
+      see `_eight_bit_gray`. 16-bit color is reduced to 8 bits by Pillow itself.
     - CMYK, LAB and others are converted as Pillow does. Embedded ICC profiles are not applied, as in training.
 
     Args:
@@ -360,10 +360,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bit_grey(np.asarray(image), image.mode)).convert("RGB")
+        return Image.fromarray(_eight_bit_gray(np.asarray(image), image.mode)).convert("RGB")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
+    if image.mode == "La":  # premultiplied gray: Pillow converts it to LA only
         image = image.convert("LA")
     rgba = image.convert("RGBA")
     opaque = Image.new("RGB", rgba.size, background)
@@ -371,8 +371,8 @@ def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
     return opaque
 
 
-def _eight_bit_grey(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale greys of more than 8 bits to 0..255.
+def _eight_bit_gray(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale grays of more than 8 bits to 0..255.
 
     White is 65535 in mode I;16. Modes I and F do not say: white is the first of 1 (F only), 255 (as Pillow widens
     8 bits) and 65535 (16-bit PGM) that no value exceeds. Values beyond, or below 0, are stretched from minimum to

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_fastvlm.blas import use_openblas
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
-from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.kernels import cpu, reference_only
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.safetensors_file import check_safetensors
@@ -31,6 +34,9 @@ FORMAT_KEY = "mlx_fastvlm"  # in config.json: marks the converter's layout
 FORMAT_VERSION = 1
 LARGE_MODEL_BYTES = 100_000_000  # beyond it, the extra `cpu` decides between seconds and minutes
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+# What a conversion depends on: a note or a picture beside the weights does not make it new.
+_CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".txt", ".jinja")
 
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
@@ -70,8 +76,11 @@ def load_model(folder: Path, config: FastVLMConfig, dtype: str | None = None) ->
     path = folder / "model.safetensors"
     check_safetensors(path)
     weights = mx.load(str(path))
-    target = compute_dtype(weights["language_model.norm.weight"].dtype, dtype)
     model = FastVLM(config)
+    strange = sorted(set(weights) ^ {name for name, _ in tree_flatten(model.parameters())})
+    if strange:
+        raise CheckpointError(f"{path} does not fit its config.json (see {strange[0]}); convert the model again.")
+    target = compute_dtype(weights["language_model.norm.weight"].dtype, dtype)
     with _cpu_prepared(path.stat().st_size, target):
         for name in list(weights):
             # One at a time: the stored copy of a weight is freed before the next is read.
@@ -96,15 +105,14 @@ def compute_dtype(stored: mx.Dtype, asked: str | None) -> mx.Dtype:
 @contextmanager
 def _cpu_prepared(size: int, dtype: mx.Dtype) -> Iterator[None]:
     """On a Linux CPU: put the fast matrix product in place, and for a large model load the loops while weights load."""
-    if not on_slow_cpu():
+    if not on_slow_cpu() or reference_only():
         yield
         return
     use_openblas()
     with ThreadPoolExecutor(1) as pool:
-        warmed = pool.submit(cpu.warm_up) if size > LARGE_MODEL_BYTES and dtype == mx.float32 else None
+        if size > LARGE_MODEL_BYTES and dtype == mx.float32:
+            pool.submit(cpu.warm_up)
         yield
-    if warmed:
-        warmed.result()
 
 
 def on_slow_cpu() -> bool:
@@ -120,7 +128,7 @@ def resolve_model(
         raise OptionError(f"A revision is given, but {model} is not a hub id.")
     if str(model) == DEMO:
         return Path(__file__).parent / "assets" / "demo"
-    path = Path(model).expanduser()
+    path = as_path(model)
     if path.is_dir():
         return path if is_converted(path) else _converted_copy(path, on_progress)
     if path.exists():
@@ -132,6 +140,18 @@ def resolve_model(
             f"There is no folder {path}; expected one, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}."
         )
     return _converted_from_hub(str(model), revision or "main", on_progress)
+
+
+def as_path(name: str | os.PathLike[str]) -> Path:
+    """A name as a path, `~` expanded. Raises CheckpointError where the system cannot even look for it."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, null bytes
+        raise CheckpointError(
+            f"{str(name)[:80]!r} cannot be a path: {getattr(error, 'strerror', None) or error}."
+        ) from None
+    return path
 
 
 def is_converted(folder: Path) -> bool:
@@ -153,10 +173,15 @@ def is_converted(folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $MLX_FASTVLM_CACHE, else ~/.cache/mlx-fastvlm (honouring XDG_CACHE_HOME)."""
+    """Where converted models are kept: $MLX_FASTVLM_CACHE, else ~/.cache/mlx-fastvlm (honoring XDG_CACHE_HOME).
+
+    Each format has a folder of its own there, so that another release never reads what it does not know.
+    """
     if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-fastvlm"
+        home = as_path(os.environ[CACHE_VARIABLE])
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-fastvlm"
+    return home / f"v{FORMAT_VERSION}"
 
 
 def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | None) -> Path:
@@ -169,7 +194,7 @@ def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | No
         commit = revision
     except OSError as error:
         raise _unusable_cache(error) from None
-    if (home / commit / "config.json").exists():
+    if re.fullmatch(r"[0-9a-f]{4,64}", commit) and (home / commit / "config.json").exists():
         return home / commit
     checkpoint = download_checkpoint(hub_id, revision)
     _convert(checkpoint, home / checkpoint.name, on_progress, source_name=hub_id, revision=checkpoint.name)
@@ -183,14 +208,23 @@ def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | No
 
 def _converted_copy(folder: Path, on_progress: OnProgress | None) -> Path:
     """The cached conversion of a local checkpoint, made anew when its files change."""
-    state = hashlib.sha256(str(folder.resolve()).encode())
-    for path in sorted(folder.iterdir()):
-        status = path.stat()
-        state.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-    home = cache_folder() / "local" / f"{folder.resolve().name}-{state.hexdigest()[:16]}"
-    if not (home / "config.json").exists():
-        _convert(folder, home, on_progress)
-    return home
+    folder = folder.resolve()
+    state = hashlib.sha256()
+    try:
+        for path in sorted(path for suffix in _CHECKPOINT_SUFFIXES for path in folder.glob(f"*{suffix}")):
+            status = path.stat()
+            state.update(os.fsencode(path.name) + f" {status.st_size} {status.st_mtime_ns};".encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}).") from None
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
+    home = cache_folder() / "local" / f"{folder.name}-{place}"
+    current = home / state.hexdigest()[:12]
+    if not (current / "config.json").exists():
+        _convert(folder, current, on_progress)
+        for other in home.iterdir():  # conversions of what the folder held before
+            if other != current and not other.name.startswith("."):
+                shutil.rmtree(other, ignore_errors=True)
+    return current
 
 
 def _convert(source: Path, destination: Path, on_progress: OnProgress | None, **origin: str) -> None:
@@ -204,7 +238,7 @@ def _convert(source: Path, destination: Path, on_progress: OnProgress | None, **
     try:
         convert(source, destination, on_progress=on_progress, **origin)
     except FastVLMError:
-        # Another process may have finished the same conversion meanwhile; its result is as good.
+        # Another process may have finished the same conversion meanwhile, and stands in the way: its result is as good.
         if not (destination / "config.json").exists():
             raise
 

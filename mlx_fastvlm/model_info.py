@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.config import FastVLMConfig
+from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
 _PARTS = ("vision_tower", "mm_projector", "language_model")
@@ -27,9 +28,11 @@ def describe_model(folder: Path) -> dict[str, Any]:
     weights = SafetensorsFile(folder / "model.safetensors")
     parameters = dict.fromkeys(_PARTS, 0)
     for name in weights.names():
-        parameters[name.partition(".")[0]] += math.prod(weights.shape(name))
+        part = name.partition(".")[0]
+        if part not in parameters:
+            raise CheckpointError(f"{weights.path} holds {name}, which is no part of FastVLM; convert the model again.")
+        parameters[part] += math.prod(weights.shape(name))
     vision, text = config.vision_config, config.text_config
-    record = folder / "conversion.json"
     return {
         "folder": str(folder),
         "bytes": weights.path.stat().st_size,
@@ -51,8 +54,20 @@ def describe_model(folder: Path) -> dict[str, Any]:
             "context": text.max_position_embeddings,
             "tied_embeddings": text.tie_word_embeddings,
         },
-        "provenance": json.loads(record.read_text()) if record.exists() else None,
+        "provenance": _read_record(folder / "conversion.json"),
     }
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not {"source", "revision", "license", "folded", "self_check", "created", "converter"} <= set(record):
+            raise ValueError("entries are missing")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); convert the model again.") from None
+    return record
 
 
 def format_model_info(facts: dict[str, Any]) -> str:
@@ -81,7 +96,7 @@ def format_model_info(facts: dict[str, Any]) -> str:
         folded = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in record["folded"].items() if count)
         lines += [
             ("source", f"{record['source']}{revision}"),
-            ("licence", record["licence"]),
+            ("license", record["license"]),
             ("folded", folded),
             (
                 "self-check",

@@ -10,7 +10,7 @@ import mlx.core as mx
 from tokenizers import Tokenizer
 
 from mlx_fastvlm.config import FastVLMConfig
-from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.errors import CheckpointError, ConfigError
 from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
 from mlx_fastvlm.prompt import Message, build_prompt, tokenize_prompt
 from mlx_fastvlm.text_stream import TextStream
@@ -46,7 +46,7 @@ class Processor:
             raise CheckpointError(f"{path} cannot be read ({error}); convert the model again.") from None
         try:
             image_processor = ImageProcessor.from_config(json.loads((folder / "preprocessor_config.json").read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(
                 f"{folder / 'preprocessor_config.json'} cannot be read ({error}); convert the model again."
             ) from None

@@ -22,8 +22,9 @@ def build_prompt(prompt: str | Sequence[Message], num_images: int = 0, system: s
     """Frame a question or a conversation as the model expects it, ending where the answer begins.
 
     Args:
-        prompt: the user's words, or messages in OpenAI's form. `<image>` marks where an image goes; without marks the
-            images come first, each on a line of its own, as LLaVA was trained.
+        prompt: the user's words, or messages {"role": ..., "content": ...}, where content is text or a list of parts of
+            type "text" and "image". `<image>` marks where an image goes; without marks the images come first, each on a
+            line of its own, as LLaVA was trained.
         num_images: how many images go with it.
         system: the system line; None is FastVLM's default. Messages may bring their own instead.
 
@@ -39,6 +40,8 @@ def build_prompt(prompt: str | Sequence[Message], num_images: int = 0, system: s
         turns.insert(0, ("system", DEFAULT_SYSTEM if system is None else system))
     elif system is not None:
         raise OptionError("The messages begin with a system message and `system` is given too; give one of them.")
+    for _, text in turns:
+        _check_unicode(text)
     marks = sum(text.count(IMAGE_MARK) for _, text in turns)
     if marks == 0 and num_images:
         first_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
@@ -78,11 +81,20 @@ def _content_text(message: Message) -> str:
         raise OptionError(f"A message's content is {type(content).__name__}; expected text or a list of parts.")
     text = ""
     for part in content:
-        kind = part.get("type")
-        if kind == "text":
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
         elif kind == "image":
             text += f"{IMAGE_MARK}\n"
         else:
-            raise OptionError(f"A message has a part of type {kind!r}; expected 'text' or 'image'.")
+            raise OptionError(f"A message has a part of type {kind!r}; expected 'text' with its text, or 'image'.")
     return text
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise OptionError(
+            "The prompt is not valid Unicode; check the terminal's encoding (UTF-8 is expected)."
+        ) from None

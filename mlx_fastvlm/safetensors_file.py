@@ -112,6 +112,10 @@ def write_safetensors(
         dtype: type of all of them: float32, float16 or bfloat16.
         tensors: (name, array) in that order; cast to `dtype` here.
         metadata: strings for the header's `__metadata__`.
+
+    Raises:
+        CheckpointError: a value does not fit float16.
+        OSError: the disk is full, or the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -127,6 +131,9 @@ def write_safetensors(
         for name, array in tensors:
             assert (name, tuple(array.shape)) == next(expected), f"{name} {array.shape} comes out of order"
             data = array.astype(dtype)
-            # numpy has no bfloat16: its bytes travel as 16-bit integers.
-            np.array(data.view(mx.uint16) if dtype == mx.bfloat16 else data).tofile(file)
+            if dtype == mx.float16 and mx.any(mx.isinf(data) & mx.isfinite(array)).item():
+                raise CheckpointError(f"{name} has values beyond float16's 65504; convert to bfloat16 or float32.")
+            # numpy has no bfloat16: its bytes travel as 16-bit integers. Not ndarray.tofile, which hides a full disk.
+            raw = np.array(data.view(mx.uint16) if dtype == mx.bfloat16 else data)
+            file.write(np.ascontiguousarray(raw).data)
     assert next(expected, None) is None, "a tensor of the header was not written"

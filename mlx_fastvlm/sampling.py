@@ -27,12 +27,14 @@ def make_sampler(temp: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: in
     Raises:
         OptionError: a value is out of range.
     """
-    if not temp >= 0:
+    if not 0 <= temp < float("inf"):
         raise OptionError(f"temp is {temp}; expected 0 or more.")
     if not 0 < top_p <= 1:
         raise OptionError(f"top_p is {top_p}; expected a value above 0 and at most 1.")
     if top_k < 0:
         raise OptionError(f"top_k is {top_k}; expected 0 (all tokens) or more.")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise OptionError(f"seed is {seed}; expected a whole number from 0 to 2^64 - 1.")
     if temp == 0:
         return lambda logits: mx.argmax(logits, axis=-1)
 

@@ -12,6 +12,11 @@ from tests.reference.hub_checkpoint import write_hub_checkpoint
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def golden_seed(form: str) -> int:
+    """The seed of the random checkpoint that the golden numbers of this form are of."""
+    return int(np.load(GOLDEN / f"tiny_{form}.npz")["seed"])
+
+
 @pytest.fixture(scope="session")
 def hub_folder(tmp_path_factory):
     """form → a tiny bfloat16 checkpoint as the hub would hold it; the same bytes the golden files were made from."""
@@ -19,7 +24,7 @@ def hub_folder(tmp_path_factory):
 
     def folder(form: str) -> Path:
         if form not in made:
-            seed = int(np.load(GOLDEN / f"tiny_{form}.npz")["seed"])
+            seed = golden_seed(form)
             made[form] = write_hub_checkpoint(
                 tmp_path_factory.mktemp("hub") / form, config="tiny", form=form, seed=seed
             )

@@ -63,10 +63,11 @@ def test_the_generated_picture_is_a_png_of_what_was_drawn():
 
 
 def test_the_stopwatch_sees_the_first_token_and_the_end(monkeypatch):
-    clock = iter([10.0, 12.0, 17.0])
+    clock, cpu_clock = iter([10.0, 12.0, 17.0]), iter([1.0, 4.0])
     monkeypatch.setattr(runner.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(runner.time, "process_time", lambda: next(cpu_clock))
     reply = runner.answer(lambda image, prompt, count: iter(range(count)), "x.png", "?", 3)
-    assert (reply["ttft"], reply["seconds"], reply["tokens"]) == (2.0, 7.0, [0, 1, 2])
+    assert (reply["ttft"], reply["ttft_cpu"], reply["seconds"], reply["tokens"]) == (2.0, 3.0, 7.0, [0, 1, 2])
 
 
 @pytest.mark.parametrize(("one", "other", "common"), [([1, 2, 3], [1, 2, 4], 2), ([], [1], 0), ([1, 2], [1, 2], 2)])

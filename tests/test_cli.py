@@ -156,6 +156,10 @@ BAD_COMMANDS = [
     (["describe", PICTURE, "--temp", "-1", "-m", "demo"], "temp"),
     (["describe", PICTURE, "--top-p", "1.5", "--temp", "1", "-m", "demo"], "top_p"),
     (["describe", PICTURE, "--repetition-penalty", "0", "-m", "demo"], "repetition_penalty"),
+    (["describe", PICTURE, "--seed", "-1", "-m", "demo"], "seed"),
+    (["describe", PICTURE, "--seed", str(2**64), "-m", "demo"], "seed"),
+    (["describe", PICTURE, "--top-p", "5", "--temp", "1"], "top_p"),  # before any download
+    (["describe", PICTURE, "caf\udce9", "-m", "demo"], "Unicode"),
     (["describe", PICTURE, "--revision", "v1", "-m", "demo"], "revision"),
     (["describe", PICTURE, "--colour", "blue"], "--colour"),
     (["describe", "-", "-m", "demo"], "Standard input is empty"),
@@ -200,10 +204,11 @@ def start(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_ctrl_c_ends_an_answer_cleanly(model):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_an_answer_cleanly(number, model):
     process = start("describe", PICTURE, "-m", model, "--max-tokens", "30000", "--temp", "5", "--top-k", "50")
     process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err == "\nStopped.\n"
@@ -213,9 +218,17 @@ def test_a_reader_that_leaves_early_is_no_error(model):
     process = start("describe", PICTURE, "-m", model, "--max-tokens", "3000", "--temp", "5", "--top-k", "50")
     process.stdout.read(1)
     process.stdout.close()
-    process.wait(timeout=20)
+    assert process.wait(timeout=20) == -signal.SIGPIPE  # as any other tool in a pipe
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", "from mlx_fastvlm.cli import main; main()", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mlx-fastvlm: ") and done.stderr.count("\n") == 1
 
 
 def test_ctrl_c_in_a_conversion_leaves_nothing(hub_folder, tmp_path):

@@ -1,7 +1,9 @@
 """The converter: exact folds, strict names, honest records, and nothing left behind by a failure."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +18,8 @@ from mlx_fastvlm.convert.reparameterize import ConvSite
 from mlx_fastvlm.convert.self_check import self_check
 from mlx_fastvlm.convert.tokenizer import read_tokenizer
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, OptionError
-from mlx_fastvlm.safetensors_file import SafetensorsFile
+from mlx_fastvlm.safetensors_file import SafetensorsFile, write_safetensors
+from tests.conftest import golden_seed
 from tests.reference.hub_checkpoint import write_hub_checkpoint
 from tests.tolerances import FEATURES, relative_error
 
@@ -103,7 +106,7 @@ def test_weights_are_stored_in_the_type_asked_for(dtype, stored, hub_folder, con
 
 @pytest.mark.parametrize("options", [{"shards": 3}, {"dtype": "float16"}, {"lm_head": "absent"}])
 def test_other_ways_to_store_the_same_model(options, converted_folder, golden_pixels, tmp_path):
-    source = write_hub_checkpoint(tmp_path / "hub", config="tiny", **options)
+    source = write_hub_checkpoint(tmp_path / "hub", config="tiny", seed=golden_seed("inference"), **options)
     model, _ = load(convert(source, tmp_path / "out", dtype="float32"))
     reference, _ = load(converted_folder("inference"))
     pixels = mx.array(golden_pixels[:1])
@@ -133,6 +136,28 @@ def test_a_head_that_differs_is_kept_whatever_the_config_says(checkpoint, tmp_pa
     assert not FastVLMConfig.from_folder(folder).text_config.tie_word_embeddings
 
 
+def test_a_head_that_is_not_stored_is_tied_whatever_the_config_says(checkpoint, tmp_path):
+    rewrite(checkpoint, lambda tensors: tensors.pop("lm_head.weight"))
+    edit_json(checkpoint / "config.json", tie_word_embeddings=False)
+    folder = convert(checkpoint, tmp_path / "out")
+    assert "no lm_head" in json.loads((folder / "conversion.json").read_text())["notices"][0]
+    assert FastVLMConfig.from_folder(folder).text_config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "card, license",
+    [
+        ("---\nlicense: other\nlicense_name: apple-amlr\n---\n", "apple-amlr"),
+        ("---\nlicense: 'mit'\n---\nlicense: none of this\n", "mit"),
+        ("license: nothing, this is no front matter\n", "not stated by the source"),
+    ],
+)
+def test_the_license_is_what_the_model_card_states(card, license, checkpoint, tmp_path):
+    (checkpoint / "README.md").write_text(card)
+    folder = convert(checkpoint, tmp_path / "out")
+    assert json.loads((folder / "conversion.json").read_text())["license"] == license
+
+
 def test_torch_weights_are_read(hub_folder, converted_folder, tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
@@ -158,6 +183,21 @@ def test_code_in_a_torch_file_is_never_run(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read safely"):
         convert(checkpoint, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
+
+
+def test_values_too_large_for_float16_are_refused(checkpoint, tmp_path):
+    rewrite(checkpoint, lambda tensors: tensors.update({NORM: tensors[NORM] * 1e6}))
+    with pytest.raises(CheckpointError, match="float16"):
+        convert(checkpoint, tmp_path / "out", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    convert(checkpoint, tmp_path / "out", dtype="bfloat16")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_noticed():
+    with pytest.raises(OSError) as caught:
+        write_safetensors(Path("/dev/full"), {"x": (4,)}, mx.float32, [("x", mx.zeros(4))], {})
+    assert caught.value.errno == errno.ENOSPC
 
 
 NORM = "model.norm.weight"
@@ -224,6 +264,31 @@ def test_an_existing_model_is_replaced_only_by_force(hub_folder, tmp_path):
     convert(hub_folder("inference"), folder, dtype="float32", force=True)
     assert json.loads((folder / "conversion.json").read_text())["dtype"] == "float32"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_exchange_keeps_the_old_model(hub_folder, tmp_path, monkeypatch):
+    folder = convert(hub_folder("inference"), tmp_path / "out")
+    before = (folder / "conversion.json").read_text()
+    rename = Path.rename
+
+    def fail_for_new(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert(hub_folder("inference"), folder, force=True)
+    assert (folder / "conversion.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_through_a_link_replaces_what_it_points_to(hub_folder, tmp_path):
+    folder = convert(hub_folder("inference"), tmp_path / "out", dtype="float16")
+    (tmp_path / "link").symlink_to(folder)
+    convert(hub_folder("inference"), tmp_path / "link", dtype="float32", force=True)
+    assert json.loads((folder / "conversion.json").read_text())["dtype"] == "float32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
 
 def test_force_does_not_delete_what_is_not_a_model(hub_folder, tmp_path):

@@ -173,7 +173,7 @@ def test_wide_ranges_are_stretched():
     assert pixel(Image.new("F", (2, 2), -5.0)) == (0, 0, 0)  # one value: nothing to stretch
 
 
-def test_16_bit_grey_files_are_scaled_not_clipped():
+def test_16_bit_gray_files_are_scaled_not_clipped():
     ramp = np.arange(0, 65536, 257, dtype=np.uint16)[None]
     for file_format in ("PNG", "TIFF", "PPM"):
         rgb = np.asarray(open_image(encode(Image.fromarray(ramp), file_format)))
@@ -204,9 +204,9 @@ def test_transparency_shows_the_background(background, shade):
 
 
 def test_arrays_of_one_three_and_four_channels():
-    grey = noise(5, 3, 1)
-    np.testing.assert_array_equal(np.asarray(open_image(grey)), np.repeat(grey, 3, axis=2))
-    np.testing.assert_array_equal(np.asarray(open_image(grey[:, :, 0])), np.repeat(grey, 3, axis=2))
+    gray = noise(5, 3, 1)
+    np.testing.assert_array_equal(np.asarray(open_image(gray)), np.repeat(gray, 3, axis=2))
+    np.testing.assert_array_equal(np.asarray(open_image(gray[:, :, 0])), np.repeat(gray, 3, axis=2))
     color = noise(5, 3)
     np.testing.assert_array_equal(np.asarray(open_image(color[::-1, ::-1])), color[::-1, ::-1])
 

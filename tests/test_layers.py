@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mlx_fastvlm
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -89,6 +91,11 @@ def test_the_list_of_packages_is_the_tree():
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in RUNTIME}
     folders |= {f"mlx_fastvlm.{name}" for name in ("convert", "benchmarks")}
     assert set(settings["packages"]) == folders
+
+
+def test_the_version_is_stated_once_and_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == mlx_fastvlm.__version__
 
 
 def test_answering_loads_nothing_heavy(tmp_path):

@@ -30,6 +30,22 @@ def test_a_checkpoint_that_changes_is_converted_anew(tmp_path):
     assert resolve_model(source) != first
 
 
+def test_a_note_beside_the_weights_changes_nothing_and_old_conversions_go(tmp_path):
+    source = write_hub_checkpoint(tmp_path / "hub", config="tiny", seed=1)
+    first = resolve_model(source)
+    (source / "notes.md").write_text("mine")
+    (source / "broken link").symlink_to(tmp_path / "nowhere")
+    assert resolve_model(source) == first
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    second = resolve_model(source)
+    assert list(first.parent.iterdir()) == [second] != [first]
+
+
+def test_a_revision_does_not_lead_out_of_the_cache(converted_folder):
+    with pytest.raises(HubError):
+        resolve_model("apple/FastVLM-0.5B", str(converted_folder("inference")))
+
+
 def test_a_hub_model_seen_before_needs_no_network(converted_folder):
     home = cache_folder() / "hub" / "apple--FastVLM-0.5B"
     shutil.copytree(converted_folder("inference"), home / "abc123")
@@ -46,7 +62,7 @@ def test_a_hub_download_is_converted_and_remembered(hub_folder, tmp_path, monkey
     monkeypatch.setattr("mlx_fastvlm.loading.download_checkpoint", lambda hub_id, revision: snapshot)
     folder = resolve_model("apple/FastVLM-0.5B")
     record = json.loads((folder / "conversion.json").read_text())
-    assert (record["source"], record["revision"], record["licence"]) == ("apple/FastVLM-0.5B", "c0ffee", "apple-amlr")
+    assert (record["source"], record["revision"], record["license"]) == ("apple/FastVLM-0.5B", "c0ffee", "apple-amlr")
     assert (folder / "LICENSE").read_text() == "terms"
 
     monkeypatch.setattr("mlx_fastvlm.loading.download_checkpoint", None)
@@ -63,6 +79,9 @@ def test_an_unreachable_hub_is_one_clear_error():
     [
         ("no/such/folder", {}, CheckpointError, "no folder"),
         ("nothing", {}, CheckpointError, "no folder"),
+        ("a" * 300, {}, CheckpointError, "cannot be a path"),
+        ("~no-such-user-here/x", {}, CheckpointError, "no folder|cannot be a path"),
+        ("foo/bar--baz", {}, HubError, "not a valid hub id"),
         (__file__, {}, CheckpointError, "is a file"),
         (".", {"revision": "main"}, OptionError, "revision"),
         ("demo", {"dtype": "int4"}, OptionError, "int4"),

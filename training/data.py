@@ -1,4 +1,4 @@
-"""Training and evaluation samples: a preprocessed picture, its dialogue, and dense labels for the tower's first stage."""
+"""Training samples: a preprocessed picture, its dialogue, and dense labels for the tower."""
 
 import random
 from collections.abc import Iterable
@@ -15,7 +15,6 @@ from training.preprocessing import to_square_array
 IGNORE = -100
 IMAGE_SIZE = VISION_CONFIG["image_size"]
 KINDS = ("scene", "text", "easy_vqa")
-MIXTURE = (0.40, 0.38, 0.22)
 FIRST_VALIDATION_IMAGE = 3800
 # Seeds of generated pictures: training counts up from 0, the others are disjoint from it and from each other.
 VALIDATION_SEEDS, TEST_SEEDS, EXAMPLE_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
@@ -38,7 +37,7 @@ DENSE_LABELS = {
 
 @dataclass
 class Sample:
-    """pixels: uint8 (R, R, 3); caption: all that can be asked; dialogue: (prompt, answer) pairs; labels: name → classes."""
+    """pixels: uint8 (R, R, 3); caption says all that may be asked; dialogue: (prompt, answer) pairs; labels by name."""
 
     pixels: np.ndarray
     caption: str
@@ -91,7 +90,7 @@ def text_sample(picture: text_pictures.TextPicture, rng: random.Random) -> Sampl
 
 
 class TrainingData:
-    """Endless: sample i is a fresh scene, a fresh text picture or an easy-VQA training image, always the same for i.
+    """Endless: each sample is a fresh scene, a fresh text picture or an easy-VQA training image.
 
     easy-VQA images are turned and mirrored at random, which changes none of their answers. Images from
     `FIRST_VALIDATION_IMAGE` on are left for validation.
@@ -103,9 +102,10 @@ class TrainingData:
         self.labels = {i: easy_vqa_data.labels(asked) for i, asked in self.questions.items()}
         self.ids = [i for i, found in self.labels.items() if i < FIRST_VALIDATION_IMAGE and all(found)]
 
-    def __getitem__(self, index: int) -> Sample:
+    def sample(self, index: int, mixture: tuple[float, ...]) -> Sample:
+        """Sample number `index`; mixture is the share of each of KINDS."""
         rng = random.Random(index)
-        kind = rng.choices(KINDS, MIXTURE)[0]
+        kind = rng.choices(KINDS, mixture)[0]
         if kind == "scene":
             return scene_sample(scenes.make_scene(index), rng)
         if kind == "text":

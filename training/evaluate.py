@@ -1,4 +1,4 @@
-"""Measure an exported checkpoint: `python -m training.evaluate --hub RUN_FOLDER/hub --split test`.
+"""Measure a run's export: `python -m training.evaluate --work RUN_FOLDER --split test`.
 
 Greedy answers, BatchNorm in eval mode, exact match of the whole answer. The test split is easy-VQA's official test set
 and generated pictures of seeds that training never draws; the validation split is made of easy-VQA training images left
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
-from training import easy_vqa_data, prompts, scenes, text_pictures
+from training import easy_vqa_data, prompts, scenes, text_pictures, train
 from training.data import FIRST_VALIDATION_IMAGE, TEST_SEEDS, VALIDATION_SEEDS, to_pixel_values
 from training.export import load
 from training.generation import answer_all
@@ -33,8 +34,7 @@ class Evaluator:
 
     def __init__(self, hub: Path):
         self.model = load(hub)
-        tower = self.model.tower
-        tower.to(memory_format=torch.channels_last)
+        self.model.tower.to(memory_format=torch.channels_last)
         self.packer = Packer(load_tokenizer(hub), (self.model.image_size // 64) ** 2)
 
     @torch.no_grad()
@@ -104,18 +104,47 @@ def parameter_counts(model: FastVLM) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
+def recipe() -> dict:
+    """What decided the training run."""
+    names = (
+        "SEED",
+        "BATCH",
+        "PEAK_LR",
+        "TOWER_LR_FACTOR",
+        "WARMUP",
+        "WEIGHT_DECAY",
+        "DENSE_WEIGHT",
+        "FROZEN_NORM_TAIL",
+    )
+    return {name.lower(): getattr(train, name) for name in (*names, "MINUTES", "MIXTURE")}
+
+
+def stage_summaries(log: Path) -> dict[str, dict]:
+    """Stage → steps, seconds and speed of the whole stage, and its last reported losses and dense accuracies."""
+    summaries, before = {}, 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        last = [line for line in lines if line["stage"] == stage][-1]
+        summaries[stage] = {name: value for name, value in last.items() if name not in ("stage", "samples")}
+        summaries[stage]["images_per_second"] = round((last["samples"] - before) / last["seconds"], 1)
+        before = last["samples"]
+    return summaries
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hub", type=Path, required=True, help="exported folder")
+    parser.add_argument("--work", type=Path, required=True, help="run folder of training.train")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--count", type=int, default=1000, help="generated pictures of each kind (default 1000)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="write the numbers as JSON here")
+    parser.add_argument("--output", type=Path, help="write the numbers and the recipe as JSON here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    evaluator = Evaluator(args.hub)
-    report = {"split": args.split, "parameters": parameter_counts(evaluator.model)}
+    evaluator = Evaluator(args.work / "hub")
+    report = {"torch": torch.__version__, "transformers": transformers.__version__, "recipe": recipe()}
+    report |= {"stages": stage_summaries(args.work / "log.jsonl"), "parameters": parameter_counts(evaluator.model)}
+    report["split"] = args.split
     report["accuracy"] = evaluate(evaluator, args.split, args.count)
     report["evaluation_seconds"] = round(time.perf_counter() - started, 1)
     print(json.dumps(report, indent=2))

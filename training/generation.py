@@ -16,7 +16,7 @@ MAX_NEW_TOKENS = 64
 def answer_all(
     model: FastVLM, packer: Packer, image_features: torch.Tensor, asked: list[tuple[int, str]], batch: int = 128
 ) -> list[str]:
-    """One greedy answer per (picture index, prompt); image_features (B, N, hidden). Prompts of equal length run together."""
+    """One greedy answer per (picture index, prompt); image_features (B, N, hidden). Equally long prompts run together."""
     by_length = defaultdict(list)
     for index, (picture, prompt) in enumerate(asked):
         ids = packer.prompt_ids(prompt)

@@ -62,10 +62,7 @@ class Packer:
 
     def pack(self, conversations: list[list[tuple[str, str]]], contexts: list[str] | None = None) -> Packed:
         """Pack one dialogue per picture; with `contexts`, those texts stand where the pictures would."""
-        if contexts is None:
-            spans = [self.image] * len(conversations)
-        else:
-            spans = [self.encode(text) for text in contexts]
+        spans = [self.image] * len(conversations) if contexts is None else [self.encode(text) for text in contexts]
         rows = [self._row(dialogue, span) for dialogue, span in zip(conversations, spans, strict=True)]
         length = max(map(len, rows))
         padded = torch.tensor([row + [[0, 0, -1, IGNORE, 0.0]] * (length - len(row)) for row in rows])

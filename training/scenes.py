@@ -45,7 +45,7 @@ TOO_CLOSE = {("white", name) for name in BACKGROUNDS if name != "dark gray"} | {
     ("purple", "dark gray"),
 }
 ASPECTS = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0))
-RADII = {"small": (0.050, 0.060), "large": (0.100, 0.115)}
+RADII = {"small": (0.064, 0.072), "large": (0.104, 0.115)}
 SUPERSAMPLING = 4
 OUTLINES = {
     "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
@@ -108,7 +108,7 @@ def make_scene(seed: int) -> Scene:
         center = []
         for axis, index in enumerate((cell % 3, cell // 3)):
             width = aspect[axis] / 3
-            slack = max(0.0, width / 2 - 1.05 * radius) * 0.6
+            slack = max(0.0, width / 2 - 1.05 * radius) * 0.4
             center.append((index + 0.5) * width + rng.uniform(-slack, slack))
         rgb = _jitter(rng, COLORS[color], 10)
         shapes.append(Shape(rng.choice(SHAPES), color, size, cell, tuple(center), radius, rgb))

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 WORDS = tuple(
     """STOP GO EXIT OPEN CLOSED PUSH PULL SALE TAXI BUS TRAIN HOTEL BAR CAFE MENU PIZZA BREAD MILK WATER TEA
@@ -67,9 +68,7 @@ def make_text_picture(seed: int, text: str | None = None) -> TextPicture:
     return TextPicture(drawn if text is None else text, ink, paper, aspect, box, rgb)
 
 
-def _layout(
-    picture: TextPicture, long_side: int
-) -> tuple[tuple[int, int], tuple[float, float], ImageFont.FreeTypeFont]:
+def _layout(picture: TextPicture, long_side: int) -> tuple[tuple[int, int], tuple[float, float], FreeTypeFont]:
     """Picture size and text center in pixels, and the font; the text takes at most half the picture's height."""
     width, height = (round(side * long_side) for side in picture.aspect)
     x, y, fraction = picture.box

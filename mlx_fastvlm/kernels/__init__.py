@@ -3,6 +3,7 @@
 Kernels know shapes, not configs. MLX_FASTVLM_KERNELS=reference gives the plain result everywhere.
 """
 
+from mlx_fastvlm.kernels.choice import reference_only
 from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv
 from mlx_fastvlm.kernels.feed_forward import feed_forward
 from mlx_fastvlm.kernels.gelu import gelu, linear_gelu
@@ -10,4 +11,13 @@ from mlx_fastvlm.kernels.linear import linear
 from mlx_fastvlm.kernels.self_attention import self_attention
 from mlx_fastvlm.kernels.swiglu import swiglu
 
-__all__ = ["depthwise_conv", "feed_forward", "gelu", "linear", "linear_gelu", "self_attention", "swiglu"]
+__all__ = [
+    "depthwise_conv",
+    "feed_forward",
+    "gelu",
+    "linear",
+    "linear_gelu",
+    "reference_only",
+    "self_attention",
+    "swiglu",
+]

@@ -11,7 +11,6 @@ So none can be used inside mx.compile or mx.grad, and each op's dispatcher asks 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import threading
 from collections.abc import Callable
@@ -22,8 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fastvlm import blas
+from mlx_fastvlm.kernels.choice import reference_only
 
-KERNELS_VARIABLE = "MLX_FASTVLM_KERNELS"
 ROWS = 256  # rows per block: large enough for OpenBLAS to pack the weight cheaply, small enough to stay in L2/L3
 # Below this, starting numba (0.5 s in a new process) costs more than plain ops: small models never load it.
 MIN_ELEMENTS = 2**20
@@ -33,9 +32,16 @@ _one_op_at_a_time = threading.Lock()  # OpenBLAS's number of threads is the proc
 
 
 @functools.cache
-def installed() -> bool:
-    """Whether the packages of the extra `cpu` are here, fit this MLX, and are not switched off."""
-    return blas.use_openblas() == "openblas" and importlib.util.find_spec("numba") is not None
+def missing() -> str | None:
+    """Why the fast path cannot be taken in this process, or None if it can. The first call imports numba."""
+    state = blas.use_openblas()
+    if state != "openblas":
+        return state.removeprefix("off: ")
+    try:
+        loops()
+    except Exception as error:  # numba refuses a NumPy too new, or finds no folder to cache in: each its own type
+        return f"numba cannot be used ({' '.join(str(error).split())[:160]})"
+    return None
 
 
 def suits(x: mx.array, elements: int) -> bool:
@@ -44,8 +50,8 @@ def suits(x: mx.array, elements: int) -> bool:
         elements >= MIN_ELEMENTS
         and x.dtype == mx.float32
         and mx.default_device().type == mx.DeviceType.cpu
-        and os.environ.get(KERNELS_VARIABLE) != "reference"
-        and installed()
+        and not reference_only()
+        and missing() is None
     )
 
 
@@ -59,7 +65,7 @@ def loops() -> ModuleType:
 
 def warm_up() -> None:
     """Load (or, once per installation, compile) all loops now, so that the first image does not wait for them."""
-    if not installed():
+    if missing() is not None:
         return
     ones = np.ones((2, 2), np.float32)
     loops().bias_gelu(ones.copy(), ones[0])

@@ -35,7 +35,7 @@ def _gelu(x):
 
 @njit(inline="always", **_JIT)
 def _exp_parts(x):
-    """Splits exp(x), x <= 0, into 2**f (a degree-6 polynomial) and the bits of the float 2**k: no libm, so it vectorises."""
+    """Splits exp(x), x <= 0, into 2**f (a degree-6 polynomial) and the bits of the float 2**k: no libm, so it vectorizes."""
     t = max(x * f32(1.4426950408889634), f32(-126))
     k = np.floor(t + f32(0.5))
     f = t - k
@@ -111,7 +111,7 @@ def depthwise_rows(x, weight, bias, out, stride, start, stop, gelu):
     """
     height, width, channels = x.shape
     kernel = weight.shape[0]
-    # A whole output row is summed tap by tap: the innermost loop is over contiguous channels, which is what vectorises.
+    # A whole output row is summed tap by tap: the innermost loop is over contiguous channels, which is what vectorizes.
     row = np.empty((out.shape[1], channels), np.float32)
     for h in range(start, stop):
         for o in range(row.shape[0]):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fastvlm.kernels import cpu
-from mlx_fastvlm.kernels.gelu import gelu_reference
+from mlx_fastvlm.kernels.gelu import fused_gelu, gelu_reference
 
 _ROWS_PER_BLOCK = 8  # output rows; their input rows stay in L2
 
@@ -26,7 +26,8 @@ def depthwise_conv(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 
     """
     if cpu.suits(x, x.size):
         return depthwise_conv_cpu(x, weight, bias, stride, gelu)
-    return depthwise_conv_reference(x, weight, bias, stride, gelu)
+    y = depthwise_conv_reference(x, weight, bias, stride)
+    return fused_gelu(y) if gelu else y
 
 
 def depthwise_conv_cpu(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1, gelu: bool = False) -> mx.array:

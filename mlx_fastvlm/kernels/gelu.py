@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.kernels.choice import fused_on_gpu
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x), elementwise: (..., C) → (..., C)."""
     if cpu.suits(x, x.size):
         return gelu_cpu(x)
-    return _gelu_fused()(x)
+    return fused_gelu(x)
 
 
 def linear_gelu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     """GELU of a Linear layer: x (..., C), weight (O, C), bias (O,) → (..., O)."""
     if cpu.suits(x, x.size // weight.shape[1] * weight.shape[0]):
         return linear_gelu_cpu(x, weight, bias)
-    return _gelu_fused()(mx.addmm(bias, x, weight.T))
+    return fused_gelu(mx.addmm(bias, x, weight.T))
 
 
 def gelu_cpu(x: mx.array) -> mx.array:
@@ -54,15 +53,14 @@ def linear_gelu_cpu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 
 
 def gelu_reference(x: mx.array) -> mx.array:
-    """`gelu` in plain MLX ops (Hendrycks and Gimpel, arXiv 1606.08415)."""
-    return x * (1 + mx.erf(x / math.sqrt(2))) * 0.5
+    """`gelu` in plain MLX ops (Hendrycks and Gimpel, arXiv 1606.08415), computed in float32 as PyTorch does."""
+    y = x.astype(mx.float32)
+    return (y * (1 + mx.erf(y / math.sqrt(2))) * 0.5).astype(x.dtype)
 
 
-def _gelu_fused() -> Callable[[mx.array], mx.array]:
-    """One fused kernel on a GPU. On a CPU MLX would call a C++ compiler for that, seconds per kernel: plain ops there."""
-    return gelu_reference if mx.default_device().type == mx.DeviceType.cpu else _compiled()
+def fused_gelu(x: mx.array) -> mx.array:
+    """`gelu_reference` as one kernel where MLX can fuse it."""
+    return fused_on_gpu(gelu_reference, _gelu_compiled)(x)
 
 
-@functools.cache
-def _compiled() -> Callable[[mx.array], mx.array]:
-    return mx.compile(gelu_reference, shapeless=True)
+_gelu_compiled = mx.compile(gelu_reference, shapeless=True)

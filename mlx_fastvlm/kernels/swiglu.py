@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.kernels.choice import fused_on_gpu
 
 _ROWS_PER_BLOCK = 64
 
@@ -16,8 +14,7 @@ def swiglu(gate_up: mx.array) -> mx.array:
     """silu(gate) · up: (..., 2·C) with the gate first → (..., C)."""
     if cpu.suits(gate_up, gate_up.size):
         return swiglu_cpu(gate_up)
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return swiglu_reference(gate_up) if on_cpu else _compiled()(gate_up)
+    return fused_on_gpu(swiglu_reference, _swiglu_compiled)(gate_up)
 
 
 def swiglu_cpu(gate_up: mx.array) -> mx.array:
@@ -36,6 +33,4 @@ def swiglu_reference(gate_up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-@functools.cache
-def _compiled() -> Callable[[mx.array], mx.array]:
-    return mx.compile(swiglu_reference)
+_swiglu_compiled = mx.compile(swiglu_reference)

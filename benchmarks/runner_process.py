@@ -1,0 +1,88 @@
+"""The parent's side of the peers benchmark: starts a runner and asks it; see `runner` for the lines between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .command import BenchmarkError
+
+
+class Unavailable(Exception):
+    """This runner cannot run here; the message says why."""
+
+
+class RunnerProcess:
+    """One implementation, loaded in a process of its own. A context manager: leaving it ends the process.
+
+    Args:
+        name: a key of `runners.RUNNERS`.
+        folder: what it loads.
+        python: interpreter that has this package and the implementation.
+        blas: "auto" or "off", see `machine.use_blas`.
+
+    Attributes:
+        ready: what the runner said when it was loaded.
+        start_seconds: from the start of the process to that moment, imports included.
+
+    Raises:
+        Unavailable: a library is missing, or the interpreter is.
+        BenchmarkError: the runner broke.
+    """
+
+    def __init__(self, name: str, folder: Path, python: str, blas: str):
+        self.name = name
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        command = [python, "-m", "mlx_fastvlm.benchmarks.runner", name, str(folder.resolve()), blas]
+        start = time.perf_counter()
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True
+            )
+        except OSError as error:
+            self._complaints.close()
+            raise Unavailable(f"{python} cannot be started ({error.strerror})") from None
+        try:
+            self.ready = self._receive()
+            if "unavailable" in self.ready:
+                raise Unavailable(self.ready["unavailable"])
+        except BaseException:
+            self.close()
+            raise
+        self.start_seconds = time.perf_counter() - start
+
+    def ask(self, image: Path, prompt: str, max_tokens: int) -> dict[str, Any]:
+        """One answer as `runner.answer` gives it: seconds, tokens, bytes."""
+        request = {"image": str(image.resolve()), "prompt": prompt, "max_tokens": max_tokens}
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the runner has ended; _receive tells why
+        return self._receive()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def __enter__(self) -> RunnerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._complaints.seek(0)
+            lines = self._complaints.read().decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {self._process.returncode}"
+            raise BenchmarkError(f"The {self.name} runner broke: {reason}")
+        return json.loads(line)
