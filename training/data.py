@@ -1,8 +1,9 @@
 """Training samples: a preprocessed picture, its dialogue, and dense labels for the tower."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,10 +38,11 @@ DENSE_LABELS = {
 
 @dataclass
 class Sample:
-    """pixels: uint8 (R, R, 3); caption says all that may be asked; dialogue: (prompt, answer) pairs; labels by name."""
+    """pixels: uint8 (R, R, 3); caption says all that may be asked; ask draws (prompt, answer) pairs; labels by name."""
 
     pixels: np.ndarray
     caption: str
+    ask: Callable[[random.Random], dialogues.Dialogue]
     dialogue: dialogues.Dialogue
     labels: dict[str, list[int]]
 
@@ -72,7 +74,8 @@ def scene_sample(scene: scenes.Scene, rng: random.Random) -> Sample:
     regions = _regions(image, boxes, [shape.kind for shape in scene.shapes])
     labels = {"region": regions, "cell_kind": kind, "cell_color": color, "cell_size": size}
     pixels = to_square_array(image, IMAGE_SIZE)
-    return Sample(pixels, scenes.caption(scene), dialogues.scene_dialogue(scene, rng), labels)
+    ask = partial(dialogues.scene_dialogue, scene)
+    return Sample(pixels, scenes.caption(scene), ask, ask(rng), labels)
 
 
 def text_sample(picture: text_pictures.TextPicture, rng: random.Random) -> Sample:
@@ -86,7 +89,8 @@ def text_sample(picture: text_pictures.TextPicture, rng: random.Random) -> Sampl
         "paper": [_index(text_pictures.COLORS, picture.paper)],
     }
     pixels = to_square_array(image, IMAGE_SIZE)
-    return Sample(pixels, text_pictures.caption(picture), dialogues.text_dialogue(picture, rng), labels)
+    ask = partial(dialogues.text_dialogue, picture)
+    return Sample(pixels, text_pictures.caption(picture), ask, ask(rng), labels)
 
 
 class TrainingData:
@@ -113,12 +117,12 @@ class TrainingData:
         image_id = rng.choice(self.ids)
         shape, color = self.labels[image_id]
         turned = to_square_array(self.images[image_id].transpose(rng.choice(list(Image.Transpose))), IMAGE_SIZE)
-        dialogue = dialogues.easy_vqa_dialogue(self.questions[image_id], shape, color, rng)
+        ask = partial(dialogues.easy_vqa_dialogue, self.questions[image_id], shape, color)
         labels = {
             "easy_shape": [_index(easy_vqa_data.SHAPES, shape)],
             "easy_color": [_index(easy_vqa_data.COLORS, color)],
         }
-        return Sample(turned, f"One shape: a {color} {shape}.", dialogue, labels)
+        return Sample(turned, f"One shape: a {color} {shape}.", ask, ask(rng), labels)
 
 
 def collate(samples: list[Sample]) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[dialogues.Dialogue]]:

@@ -81,6 +81,10 @@ def evaluate(evaluator: Evaluator, split: str, count: int) -> dict[str, dict]:
     ):
         asked = [(row, prompt, answer(scene)) for row, scene in enumerate(drawn)]
         results[name] = evaluator.accuracy(name, features, asked)
+    for name, is_square in (("scene_caption_square", True), ("scene_caption_not_square", False)):
+        chosen = [(row, scene) for row, scene in enumerate(drawn) if (scene.aspect == (1.0, 1.0)) == is_square]
+        asked = [(row, prompts.DESCRIBE[0], scenes.caption(scene)) for row, scene in chosen]
+        results[name] = evaluator.accuracy(name, features, asked)
     asked = [(row, *scenes.ask(scene, rng)) for row, scene in enumerate(drawn)]
     results["scene_questions"] = evaluator.accuracy("scene_questions", features, asked)
 

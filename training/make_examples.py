@@ -6,7 +6,7 @@ from pathlib import Path
 from training import scenes, text_pictures
 from training.data import EXAMPLE_SEEDS
 
-SCENE_SEEDS = {"shapes-three.png": (5, 384), "shapes-two.png": (51, 256), "shapes-wide.png": (28, 512)}
+SCENE_SEEDS = {"shapes-three.png": (5, 384), "shapes-two.png": (51, 256), "shapes-wide.png": (1, 512)}
 TEXT_SEEDS = {"word.png": (8, "STOP", 400), "number.png": (3, "406", 320)}
 
 

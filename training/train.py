@@ -1,11 +1,13 @@
 """Train the demo model: `python -m training.train --work RUN_FOLDER`, then see `training.evaluate`.
 
-Four stages. Two stand in for the pretrained parts that FastVLM starts from, two are the paper's:
+Two stages stand in for the pretrained parts that FastVLM starts from, the others are the paper's:
 
     tower      FastViTHD alone, on dense labels of the pictures
     decoder    Qwen2 alone, answering questions about captions given as text
     projector  the projector alone, tower and decoder frozen
     all        everything on the answers, the dense labels still helping
+    language   projector and decoder, many questions on each of a store of pictures that the frozen tower has seen
+    again      everything once more, with more of easy-VQA
 
 Each stage has a budget of wall-clock minutes, which also drives its learning rate. A run starts from the checkpoint in
 the run folder, if there is one, and overwrites it; an interrupted stage continues where it was. The last export is in
@@ -15,7 +17,9 @@ hub/ of the run folder, and log.jsonl has one JSON line per report.
 import argparse
 import json
 import math
+import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,23 +29,28 @@ from training import parallel
 from training.config import model_config
 from training.data import TrainingData, collate, to_pixel_values
 from training.dense import DenseHeads, dense_accuracy, dense_loss
-from training.dialogues import grammar_corpus
+from training.dialogues import Dialogue, grammar_corpus
 from training.export import export
 from training.model import FastVLM
 from training.packing import Packer
 from training.tokenizer import load_tokenizer, train_tokenizer
 
-STAGES = ("tower", "decoder", "projector", "all")
-MINUTES = {"tower": 18.0, "decoder": 3.0, "projector": 1.5, "all": 26.0}
-PEAK_LR = {"tower": 3e-3, "decoder": 2e-3, "projector": 2e-3, "all": 1.5e-3}
+STAGES = ("tower", "decoder", "projector", "all", "language", "again")
+MINUTES = {"tower": 18.0, "decoder": 3.0, "projector": 1.5, "all": 26.0, "language": 20.0, "again": 9.0}
+PEAK_LR = {"tower": 3e-3, "decoder": 2e-3, "projector": 2e-3, "all": 1.5e-3, "language": 2e-3, "again": 6e-4}
 TOWER_LR_FACTOR = 0.5
 # Shares of scenes, text pictures and easy-VQA; reading is the slowest to learn.
-MIXTURE = {stage: (0.40, 0.38, 0.22) for stage in ("tower", "decoder", "projector")} | {"all": (0.40, 0.46, 0.14)}
+MIXTURE = {stage: (0.40, 0.38, 0.22) for stage in ("tower", "decoder", "projector")} | {
+    "all": (0.40, 0.46, 0.14),
+    "language": (0.45, 0.25, 0.30),
+    "again": (0.42, 0.30, 0.28),
+}
 WARMUP = 0.05
 FROZEN_NORM_TAIL = 0.2
 WEIGHT_DECAY = 0.05
 DENSE_WEIGHT = 0.3
-BATCH = {"tower": 20, "decoder": 20, "projector": 20, "all": 10}
+BATCH = {"tower": 20, "decoder": 20, "projector": 20, "all": 10, "language": 24, "again": 10}
+STORED_PICTURES = 40_000
 REPORT_EVERY, SAVE_EVERY = 50, 400
 SEED = 20251121
 
@@ -104,11 +113,14 @@ def learning_rate_factor(progress: float) -> float:
 def parameter_groups(run: Run, stage: str) -> list[dict]:
     """What a stage trains; matrices and filters decay, everything one-dimensional does not."""
     model = run.model
+    everything = [(model.tower, TOWER_LR_FACTOR), (run.heads, 1.0), (model.mm_projector, 1.0), (model.decoder, 1.0)]
     parts = {
         "tower": [(model.tower, 1.0), (run.heads, 1.0)],
         "decoder": [(model.decoder, 1.0)],
         "projector": [(model.mm_projector, 1.0)],
-        "all": [(model.tower, TOWER_LR_FACTOR), (run.heads, 1.0), (model.mm_projector, 1.0), (model.decoder, 1.0)],
+        "all": everything,
+        "language": [(model.mm_projector, 1.0), (model.decoder, 1.0)],
+        "again": everything,
     }[stage]
     groups = []
     for part, factor in parts:
@@ -143,13 +155,41 @@ def answer_loss(run: Run, samples: list, train_tower: bool) -> tuple[torch.Tenso
     return answers + DENSE_WEIGHT * dense_loss(logits, labels), extra
 
 
+class PictureStore:
+    """What the frozen tower makes of a process's share of STORED_PICTURES, and what can be asked about each."""
+
+    def __init__(self, run: Run, stage: str):
+        features: list[torch.Tensor] = []
+        self.asks: list[Callable[[random.Random], Dialogue]] = []
+        self.rng = random.Random(SEED + run.rank)
+        run.model.tower.eval()
+        while len(self.asks) < STORED_PICTURES // run.world:
+            samples = run.next_samples(stage)
+            with torch.no_grad():
+                features.append(run.model.tower.forward_maps(to_pixel_values(collate(samples)[0]))[1].contiguous())
+            self.asks += [sample.ask for sample in samples]
+        self.features = torch.cat(features)
+
+    def batch(self, size: int) -> tuple[torch.Tensor, list[Dialogue]]:
+        """(size, C, H, W) features of random pictures, and fresh questions about each."""
+        chosen = self.rng.sample(range(len(self.asks)), size)
+        return self.features[chosen], [self.asks[i](self.rng) for i in chosen]
+
+
+def language_loss(run: Run, store: PictureStore) -> tuple[torch.Tensor, dict]:
+    features, conversations = store.batch(BATCH["language"])
+    return run.model.answer_loss(run.packer.pack(conversations), run.model.encode_images(features)), {}
+
+
 def run_stage(run: Run, stage: str, minutes: float, state: dict | None) -> None:
     """Train one stage for its budget, reporting and saving on the way; `state` is its checkpoint if it was cut off."""
+    store = PictureStore(run, stage) if stage == "language" else None
     losses = {
         "tower": tower_loss,
         "decoder": decoder_loss,
         "projector": lambda run, samples: answer_loss(run, samples, train_tower=False),
         "all": lambda run, samples: answer_loss(run, samples, train_tower=True),
+        "again": lambda run, samples: answer_loss(run, samples, train_tower=True),
     }
     optimizer = torch.optim.AdamW(parameter_groups(run, stage), lr=0.0, betas=(0.9, 0.98))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -169,11 +209,14 @@ def run_stage(run: Run, stage: str, minutes: float, state: dict | None) -> None:
         parallel.average_([progress])
         if progress >= 1:
             break
-        if stage == "projector" or (stage == "all" and progress > 1 - FROZEN_NORM_TAIL):
+        if stage in ("projector", "language") or (stage in ("all", "again") and progress > 1 - FROZEN_NORM_TAIL):
             run.model.tower.eval()
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR[stage] * group["factor"] * learning_rate_factor(progress.item())
-        loss, extra = losses[stage](run, run.next_samples(stage))
+        if store:
+            loss, extra = language_loss(run, store)
+        else:
+            loss, extra = losses[stage](run, run.next_samples(stage))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parallel.average_gradients(parameters)

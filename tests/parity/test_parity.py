@@ -1,6 +1,7 @@
 """Random checkpoints in the hub's exact layout through the real converter, against timm's FastVit and transformers' Qwen2.
 
-Unlike the golden tests, the reference runs here and now, at Apple's full widths and depths too.
+Unlike the golden tests, the reference runs here and now: also at Apple's widths, with the tower's full depth and at the
+full 1024 pixels, where the CPU's fast versions of the ops are taken.
 """
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ pytest.importorskip("torch", reason="install the extra 'parity'")
 from mlx_fastvlm import generate_step, load
 from mlx_fastvlm.convert import convert
 from mlx_fastvlm.generate import prefill
+from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.loading import on_slow_cpu
 from mlx_fastvlm.sampling import make_sampler
 from tests.reference.hub_checkpoint import write_hub_checkpoint
 from tests.reference.presets import preset
@@ -26,6 +29,7 @@ CASES = {
     "tiny, training form": ("tiny", {}, "training"),
     "0.5B widths, inference form": ("0.5b", SHORTENED, "inference"),
     "0.5B widths, training form": ("0.5b", SHORTENED, "training"),
+    "0.5B widths, 1024 pixels": ("0.5b", SHORTENED | {"mm_vision_tower": "mobileclip_l_1024"}, "inference"),
     "1.5B widths": ("1.5b", SHORTENED | {"num_hidden_layers": 2}, "inference"),
     "7B widths, untied": ("7b", SHORTENED | {"num_hidden_layers": 1}, "inference"),
 }
@@ -35,6 +39,8 @@ CASES = {
 def case(request, tmp_path_factory):
     """(our model, reference, pixel values (2, R, R, 3), prompt ids with one image)."""
     name, changes, form = CASES[request.param]
+    if "1024" in request.param and on_slow_cpu() and cpu.missing() is not None:
+        pytest.skip("takes minutes on this CPU: install the extra 'cpu'")
     folder = tmp_path_factory.mktemp("parity")
     source = write_hub_checkpoint(folder / "hub", config=preset(name) | changes, form=form, dtype="float32")
     model, processor = load(convert(source, folder / "converted"), dtype="float32")
