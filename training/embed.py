@@ -20,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hub", type=Path, help="export of training.train: a checkpoint in LlavaQwen2 layout")
     hub = parser.parse_args().hub
-    (hub / "README.md").write_text("---\nlicense: mit\n---\nThe demo model of mlx-fastvlm; see training/README.md there.\n")
+    (hub / "README.md").write_text(
+        "---\nlicense: mit\n---\nThe demo model of mlx-fastvlm; see training/README.md there.\n"
+    )
     demo = ROOT / "mlx_fastvlm" / "assets" / "demo"
     demo.parent.mkdir(exist_ok=True)
     convert(hub, demo, dtype="float16", force=True, source_name="mlx-fastvlm training/")

@@ -70,7 +70,11 @@ class Examiner:
                 right, total = right + (found == expected), total + 1
                 if found != expected and total - right <= 3:
                     print(f"{name}: {prompt!r} expected {expected!r} got {found!r}", flush=True)
-        return {"exact_match": round(right / total, 5), "questions": total, "seconds": round(time.perf_counter() - started, 1)}
+        return {
+            "exact_match": round(right / total, 5),
+            "questions": total,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
 
 
 def main() -> None:
