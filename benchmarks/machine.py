@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_fastvlm.blas import OFF_SWITCH, use_openblas
-from mlx_fastvlm.kernels.cpu import KERNELS_VARIABLE
+from mlx_fastvlm.kernels.choice import KERNELS_VARIABLE
 
 
 def describe_machine() -> dict[str, Any]:
@@ -25,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": _usable_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "mlx_device": mx.default_device().type.name,

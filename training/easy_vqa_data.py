@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 
-import easy_vqa
 from PIL import Image
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -11,6 +10,8 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 def load_questions(split: str) -> dict[int, list[tuple[str, str]]]:
     """Image id → its official (question, answer) pairs; split is "train" or "test"."""
+    import easy_vqa  # 22 MB of pictures: only who asks for them needs the package
+
     texts, answers, ids = getattr(easy_vqa, f"get_{split}_questions")()
     questions = defaultdict(list)
     for text, answer, image_id in zip(texts, answers, ids, strict=True):
@@ -20,6 +21,8 @@ def load_questions(split: str) -> dict[int, list[tuple[str, str]]]:
 
 def load_images(split: str) -> dict[int, Image.Image]:
     """Image id → the picture, RGB, 64×64 as shipped."""
+    import easy_vqa
+
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
     return {image_id: Image.open(path).convert("RGB") for image_id, path in paths.items()}
 

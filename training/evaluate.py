@@ -119,6 +119,7 @@ def recipe() -> dict:
         "WEIGHT_DECAY",
         "DENSE_WEIGHT",
         "FROZEN_NORM_TAIL",
+        "STORED_PICTURES",
     )
     return {name.lower(): getattr(train, name) for name in (*names, "MINUTES", "MIXTURE")}
 
