@@ -30,12 +30,13 @@ def test_its_origin_is_recorded_without_anybodys_paths():
     assert not Path(record["source"]).is_absolute()
 
 
-def test_it_describes_unseen_scenes(demo):
-    drawn = [scenes.make_scene(TEST_SEEDS + 10_000 + i) for i in range(40)]
+def test_it_describes_unseen_square_scenes(demo):
+    drawn = [scenes.make_scene(TEST_SEEDS + 10_000 + i) for i in range(80)]
+    drawn = [scene for scene in drawn if scene.aspect == (1.0, 1.0)][:40]
     right = sum(
         generate(*demo, prompts.DESCRIBE[0], image=scenes.render(scene)) == scenes.caption(scene) for scene in drawn
     )
-    assert right >= 34, f"{right} of 40"  # three standard errors below the accuracy in README
+    assert right >= 37, f"{right} of {len(drawn)}"  # 98% of 1,000: three standard errors below
 
 
 def test_it_reads_unseen_pictures_of_text(demo):
@@ -43,7 +44,7 @@ def test_it_reads_unseen_pictures_of_text(demo):
     right = sum(
         generate(*demo, prompts.READ[1], image=text_pictures.render(picture)) == picture.text for picture in drawn
     )
-    assert right >= 30, f"{right} of 40"
+    assert right >= 35, f"{right} of {len(drawn)}"  # 97% of 1,000
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.png")))
