@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -156,15 +157,15 @@ def describe(
     for response in responses:
         text += response.text
         if not as_json:
-            print(response.text, end="", flush=True)
+            _say(response.text, end="")
     if as_json:
         last = dataclasses.asdict(response)
         del last["token"]
-        print(
+        _say(
             json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False)
         )
     else:
-        print()
+        _say("")
     if stats:
         print(_statistics(response), file=sys.stderr)
 
@@ -201,7 +202,7 @@ def convert(
     for notice in record["notices"]:
         print(f"Notice: {notice}", file=sys.stderr)
     size = (folder / "model.safetensors").stat().st_size
-    print(
+    _say(
         f"{folder}: {size / 1e6:,.1f} MB of {record['dtype']}; folding differs from the checkpoint by at most "
         f"{record['self_check']['max_relative_error']:.0e} (relative)."
     )
@@ -220,12 +221,12 @@ def info(
     with _progress() as on_progress:
         folder = resolve_model(model, revision, on_progress)
     facts = describe_model(folder)
-    print(json.dumps(facts, indent=2) if as_json else format_model_info(facts))
+    _say(json.dumps(facts, indent=2) if as_json else format_model_info(facts))
 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"mlx-fastvlm {__version__}")
+        _say(f"mlx-fastvlm {__version__}")
         raise typer.Exit()
 
 
@@ -237,14 +238,12 @@ def _options(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        _say(context.get_help())
 
 
 def main() -> None:
     """Entry point: run the command line, with known errors as one line on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader leaves, as in `| head -1`
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
@@ -263,6 +262,15 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"The output cannot be written: {error.strerror or error}.")
     sys.exit(code)
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Print to stdout now; end quietly, as done, when its reader has left (`| head -1`)."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its exit
+        raise typer.Exit(0) from None
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -24,8 +24,10 @@ def run(capsys, monkeypatch):
     def run_command(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as end:
             cli.main()
+        signal.signal(signal.SIGTERM, before)
         return (end.value.code or 0, *capsys.readouterr())
 
     return run_command
@@ -219,7 +221,7 @@ def test_a_reader_that_leaves_early_is_no_error(model):
     process = start("describe", PICTURE, "-m", model, "--max-tokens", "3000", "--temp", "5", "--top-k", "50")
     process.stdout.read(1)
     process.stdout.close()
-    assert process.wait(timeout=20) == -signal.SIGPIPE  # as any other tool in a pipe
+    assert process.wait(timeout=20) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
 
