@@ -201,10 +201,15 @@ def test_a_cache_that_cannot_be_used(run, hub_folder, tmp_path, monkeypatch):
     assert code == 1 and "MLX_FASTVLM_CACHE" in err and err.count("\n") == 1
 
 
-def start(*arguments, **options):
+def hear_ctrl_c():
+    """For a child process: shells start background jobs, and so a whole test run there, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(*arguments):
     """The installed command line as a process of its own."""
     command = [sys.executable, "-c", "from mlx_fastvlm.cli import main; main()", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -245,6 +250,7 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(hub_folder, tmp_path):
         [sys.executable, "-c", script, str(hub_folder("inference")), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     )
     process.stdout.read(1)
     assert len(list(tmp_path.iterdir())) == 1  # the folder being written aside
