@@ -161,9 +161,7 @@ def describe(
     if as_json:
         last = dataclasses.asdict(response)
         del last["token"]
-        _say(
-            json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False)
-        )
+        _say(json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False))
     else:
         _say("")
     if stats:
