@@ -49,6 +49,9 @@ class TorchFile:
     def read(self, name: str) -> mx.array:
         return mx.array(self._tensors[name].to(self._float32).numpy())
 
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        return mx.array(self._tensors[name][start:stop].to(self._float32).numpy())
+
 
 class Checkpoint:
     """All tensors of a checkpoint folder by name; each `[]` reads one from disk as float32 and keeps nothing.
@@ -72,6 +75,9 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> mx.array:
         return self._file_of[name].read(name).astype(mx.float32)
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        return self._file_of[name].rows(name, start, stop).astype(mx.float32)
 
     def names(self) -> list[str]:
         return list(self._file_of)

@@ -21,8 +21,8 @@ from .reparameterize import (
     RepMixerSite,
     ScaledLinearSite,
     StackSite,
-    Tensors,
 )
+from .tensors import Tensors
 
 TOWER = "model.vision_tower.vision_tower.model"
 

@@ -11,21 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import mlx.core as mx
 
+from .tensors import Tensors
+
 BATCH_NORM_EPS = 1e-5
 _BATCH_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
-
-
-class Tensors(Protocol):
-    """A checkpoint as folding sees it."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def __getitem__(self, name: str) -> mx.array:
-        """The stored tensor in float32."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from mlx_fastvlm.errors import CheckpointError
 
-from .reparameterize import AnySite, ConvSite, ScaledLinearSite, Tensors
+from .reparameterize import AnySite, ConvSite, ScaledLinearSite
+from .tensors import Tensors
 
 TOLERANCE = 1e-4  # relative to the largest output; float32 rounding alone stays below 1e-5
 _MAP_SIDE = 8  # pixels: large enough that a 7×7 kernel sees borders and an interior

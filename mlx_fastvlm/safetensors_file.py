@@ -7,6 +7,7 @@ at once, which is why the bytes are moved here.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,13 +68,20 @@ class SafetensorsFile:
 
     def read(self, name: str) -> mx.array:
         """The tensor as stored. Raises CheckpointError for a type this project has no use for."""
+        return self._read(name, self.shape(name), 0)
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Rows start … stop − 1 along the first axis; the others are not read."""
+        length, *rest = self.shape(name)
+        return self._read(name, (stop - start, *rest), start * (self.nbytes(name) // length))
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped_bytes: int) -> mx.array:
         entry = self._entries[name]
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name} is of type {entry['dtype']}; expected F32, F16 or BF16.")
         raw_type, dtype = _DTYPES[entry["dtype"]]
-        start, end = entry["data_offsets"]
-        count = (end - start) // np.dtype(raw_type).itemsize
-        raw = np.fromfile(self.path, raw_type, count=count, offset=self._data_start + start).reshape(entry["shape"])
+        offset = self._data_start + entry["data_offsets"][0] + skipped_bytes
+        raw = np.fromfile(self.path, raw_type, count=math.prod(shape), offset=offset).reshape(shape)
         if raw_type is np.float64:
             return mx.array(raw.astype(np.float32))
         array = mx.array(raw)
