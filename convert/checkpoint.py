@@ -1,8 +1,9 @@
-"""Reading a checkpoint folder tensor by tensor: one .safetensors, a sharded index, or PyTorch's .bin/.pth."""
+"""Reading a checkpoint folder tensor by tensor: one .safetensors, a sharded index, or PyTorch's .bin/.pth/.pt."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,65 +11,48 @@ import mlx.core as mx
 from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
+from .archive import WEIGHT_SUFFIXES, Folder, check_inside, is_training_state
+from .torch_file import TorchFile
 
-class TorchFile:
-    """A .bin or .pth read through `torch.load(weights_only=True)`: no code in the file is ever run."""
-
-    def __init__(self, path: Path):
-        try:
-            import torch
-        except ImportError:
-            raise CheckpointError(
-                f"{path} is in PyTorch's format; reading it needs PyTorch: pip install 'mlx-fastvlm[torch]'."
-            ) from None
-        self.path = path
-        self._float32 = torch.float32
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{path} cannot be read safely as PyTorch weights: {reason}") from None
-        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-            raise CheckpointError(f"{path} does not hold a plain dictionary of tensors; expected model weights.")
-        self._tensors = loaded
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> str:
-        """The type in safetensors' words, such as "BF16"."""
-        kind = str(self._tensors[name].dtype).removeprefix("torch.")
-        return {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}.get(kind, kind)
-
-    def nbytes(self, name: str) -> int:
-        return self._tensors[name].nbytes
-
-    def read(self, name: str) -> mx.array:
-        return mx.array(self._tensors[name].to(self._float32).numpy())
-
-    def rows(self, name: str, start: int, stop: int) -> mx.array:
-        return mx.array(self._tensors[name][start:stop].to(self._float32).numpy())
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_MAX_INDEX = 2**26  # bytes; the 7B checkpoint's index has 0.1 MB
 
 
 class Checkpoint:
-    """All tensors of a checkpoint folder by name; each `[]` reads one from disk as float32 and keeps nothing.
+    """All tensors of a checkpoint by name; each `[]` reads one from disk as float32 and keeps nothing.
+
+    Args:
+        source: a folder, or one that `archive.open_source` has opened.
+        files: names of the weight files to read; None finds the model's own.
 
     Raises:
-        CheckpointError: there are no weights, a shard is missing, or a file is damaged.
+        CheckpointError: there are no weights, a shard is missing, a file is damaged, or a link leads out of the folder.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, source: Path | Folder, files: Sequence[str] | None = None):
+        folder = source if isinstance(source, Folder) else Folder(source, source)
+        self.folder = folder.path
         self._file_of: dict[str, SafetensorsFile | TorchFile] = {}
-        for path in _weight_files(folder):
-            file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-            for name in file.names():
-                if name in self._file_of:
-                    raise CheckpointError(f"{name} is stored twice, in {self._file_of[name].path} and in {path}.")
-                self._file_of[name] = file
+        for name in _weight_files(folder) if files is None else files:
+            self._add(_open(folder, name))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Checkpoint:
+        """The tensors of one file, e.g. a vision tower's; other files of its folder are not looked at.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or not of a known type.
+        """
+        if path.suffix not in WEIGHT_SUFFIXES:
+            raise CheckpointError(f"{path} is not a weight file; expected one ending in {', '.join(WEIGHT_SUFFIXES)}.")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing or not a file.")
+        checkpoint = cls.__new__(cls)
+        checkpoint.folder = path.parent
+        checkpoint._file_of = {}
+        checkpoint._add(_open_file(path))
+        return checkpoint
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -92,38 +76,58 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         return self._file_of[name].nbytes(name)
 
+    def _add(self, file: SafetensorsFile | TorchFile) -> None:
+        for name in file.names():
+            if name in self._file_of:
+                raise CheckpointError(f"{name} is stored twice, in {self._file_of[name].path} and in {file.path}.")
+            self._file_of[name] = file
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, safetensors before PyTorch's, an index before a guess."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists():
-            return _files_of_index(folder / index)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [folder / name]
-    for pattern in ("*.safetensors", "*.bin", "*.pth"):
-        found = sorted(folder.glob(pattern))
+
+def _open(folder: Folder, name: str) -> SafetensorsFile | TorchFile:
+    if name in folder.embedded:
+        extent = folder.embedded[name]
+        return SafetensorsFile(extent.path, extent.offset, extent.length)
+    return _open_file(check_inside(folder.path, folder.path / name))
+
+
+def _open_file(path: Path) -> SafetensorsFile | TorchFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _weight_files(folder: Folder) -> list[str]:
+    """Names of the files that hold a folder's weights, safetensors before PyTorch's, an index before a guess."""
+    present = {path.name for path in folder.path.iterdir() if path.is_file() and not path.name.startswith(".")}
+    present |= set(folder.embedded)
+    for index in _INDEXES:
+        if index in present:
+            return _files_of_index(folder, index, present)
+    for name in _WHOLE:
+        if name in present:
+            return [name]
+    for suffix in WEIGHT_SUFFIXES:
+        found = sorted(name for name in present if name.endswith(suffix) and not is_training_state(name))
         if len(found) == 1:
             return found
         if found:
-            names = ", ".join(path.name for path in found[:4])
             raise CheckpointError(
-                f"{folder} has several weight files ({names}) but no index that says how they belong together."
+                f"{folder.origin} has several weight files ({', '.join(found[:4])}) but no index that says how they "
+                "belong together."
             )
-    raise CheckpointError(f"{folder} has a config.json but no weights (model.safetensors or its shards).")
+    raise CheckpointError(f"{folder.origin} has a config.json but no weights (model.safetensors or its shards).")
 
 
-def _files_of_index(index: Path) -> list[Path]:
+def _files_of_index(folder: Folder, index: str, present: set[str]) -> list[str]:
+    path = check_inside(folder.path, folder.path / index)
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a readable weight index ({error}); download it again.") from None
+        if path.stat().st_size > _MAX_INDEX:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable weight index ({error}); download it again.") from None
     for name in names:
         # An index is data from outside: it must not lead out of its folder.
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder.")
-        if not (index.parent / name).exists():
-            raise CheckpointError(
-                f"{index.parent} lacks the shard {name} that {index.name} names; finish the download."
-            )
-    return [index.parent / name for name in names]
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{path} names {name!r}, which is not a file of its own folder.")
+        if name not in present:
+            raise CheckpointError(f"{folder.origin} lacks the shard {name} that {index} names; finish the download.")
+    return names

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.errors import ConfigError
+from mlx_fastvlm.quantization import QuantizationConfig
 
 MODEL_TYPE = "llava_qwen2"
 IMAGE_TOKEN_INDEX = -200  # LLaVA's placeholder id: not a vocabulary entry, replaced by image feature rows
@@ -114,12 +115,14 @@ class FastVLMConfig:
     Attributes:
         image_aspect_ratio: LLaVA's word for how a picture becomes square: "pad" or "crop" (any other value of the hub).
         eos_token_id: ids that end an answer, from config.json.
+        quantization: which layers are stored quantized; None if none is.
     """
 
     text_config: TextConfig
     vision_config: VisionConfig
     image_aspect_ratio: str = "pad"
     eos_token_id: tuple[int, ...] = ()
+    quantization: QuantizationConfig | None = None
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> FastVLMConfig:
@@ -143,6 +146,7 @@ class FastVLMConfig:
             vision_config=vision_config,
             image_aspect_ratio="pad" if raw.get("image_aspect_ratio", "pad") == "pad" else "crop",
             eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            quantization=QuantizationConfig.from_dict(raw["quantization"]) if raw.get("quantization") else None,
         )
 
     @classmethod

@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm.config import VisionConfig
-from mlx_fastvlm.kernels import depthwise_conv, feed_forward, gelu, linear_gelu, self_attention
+from mlx_fastvlm.kernels import depthwise_conv, feed_forward, gelu, self_attention
+from mlx_fastvlm.layers import Linear
 
 LAYER_NORM_EPS = 1e-5
 SQUEEZE_RATIO = 0.0625  # squeeze-excite narrows to 1/16 of the channels
@@ -60,11 +61,7 @@ class MobileOneBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         conv = self.reparam_conv
-        if isinstance(conv, nn.Linear):
-            return linear_gelu(x, conv.weight, conv.bias)
-        if isinstance(conv, DepthwiseConv):
-            return conv(x, gelu=True)
-        return gelu(conv(x))
+        return gelu(conv(x)) if isinstance(conv, StemConv) else conv(x, gelu=True)
 
 
 class ReparamLargeKernelConv(nn.Module):
@@ -85,7 +82,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = [
             ReparamLargeKernelConv(in_channels, out_channels),
-            MobileOneBlock(nn.Linear(out_channels, out_channels)),
+            MobileOneBlock(Linear(out_channels, out_channels)),
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -122,12 +119,15 @@ class ConvFFN(nn.Module):
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
         self.conv = DepthwiseConv(channels, 7)
-        self.fc1 = nn.Linear(channels, hidden_channels)
-        self.fc2 = nn.Linear(hidden_channels, channels)
+        self.fc1 = Linear(channels, hidden_channels)
+        self.fc2 = Linear(hidden_channels, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
+        mixed = self.conv(x)
+        if not (isinstance(self.fc1, Linear) and isinstance(self.fc2, Linear)):  # quantized
+            return x + self.fc2(self.fc1(mixed, gelu=True))
         fc1, fc2 = ((layer.weight, layer.bias) for layer in (self.fc1, self.fc2))
-        return feed_forward(self.conv(x), fc1, fc2, residual=x)
+        return feed_forward(mixed, fc1, fc2, residual=x)
 
 
 class MHSA(nn.Module):
@@ -135,8 +135,8 @@ class MHSA(nn.Module):
 
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=False)
+        self.proj = Linear(channels, channels)
         self._head_dim = head_dim
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -189,8 +189,8 @@ class SEBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         squeezed = int(channels * SQUEEZE_RATIO)
-        self.reduce = nn.Linear(channels, squeezed)
-        self.expand = nn.Linear(squeezed, channels)
+        self.reduce = Linear(channels, squeezed)
+        self.expand = Linear(squeezed, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         # The mean runs over hundreds of positions: in float16 its sum would lose digits.
@@ -223,7 +223,7 @@ class FastViTHD(nn.Module):
         self.patch_embed = [
             MobileOneBlock(StemConv(dims[0])),
             MobileOneBlock(DepthwiseConv(dims[0], 3, stride=2)),
-            MobileOneBlock(nn.Linear(dims[0], dims[0])),
+            MobileOneBlock(Linear(dims[0], dims[0])),
         ]
         self.network: list = []
         for stage, (channels, depth, ratio) in enumerate(zip(dims, config.layers, config.mlp_ratios, strict=True)):

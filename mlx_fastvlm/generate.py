@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_fastvlm.cache import KVCache
+from mlx_fastvlm.cache import Cache
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.image_processing import ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
@@ -56,7 +56,7 @@ class GenerationResponse:
 def generate_step(
     prompt_logits: mx.array,
     model: FastVLM,
-    cache: list[KVCache],
+    cache: list[Cache],
     *,
     max_tokens: int,
     sampler: Sampler,
@@ -99,7 +99,7 @@ def generate_step(
             token = following(token) if upcoming is None else upcoming
 
 
-def prefill(model: FastVLM, inputs_embeds: mx.array, cache: list[KVCache]) -> mx.array:
+def prefill(model: FastVLM, inputs_embeds: mx.array, cache: list[Cache]) -> mx.array:
     """Run the prompt through the decoder.
 
     Args:
@@ -127,6 +127,7 @@ def stream_generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
     system: str | None = None,
+    kv_bits: int | None = None,
 ) -> Iterator[GenerationResponse]:
     """Answer in pieces.
 
@@ -139,6 +140,7 @@ def stream_generate(
         repetition_penalty: 1 changes nothing; above 1 discourages tokens of this answer from returning.
         stop: strings that end the answer; they are not part of it.
         system: system line in place of the default.
+        kv_bits: 2, 3, 4, 5, 6 or 8 to hold keys and values quantized, for less memory in long contexts.
 
     Yields:
         One response per token; the texts join to what `generate` returns.
@@ -152,6 +154,7 @@ def stream_generate(
     sampler = make_sampler(temp, top_p, top_k, seed)
     if isinstance(stop, str):
         stop = [stop]
+    cache = model.make_cache(kv_bits)
     clock = _StageClock()
     features = _image_features(model, processor, _as_list(image), clock)
     input_ids = processor.tokenize(prompt, len(features), system)
@@ -160,7 +163,6 @@ def stream_generate(
     inputs_embeds = model.embed(input_ids, features)
     prompt_tokens = inputs_embeds.shape[1]
     _check_context(model, prompt_tokens, max_tokens)
-    cache = model.make_cache()
     logits = prefill(model, inputs_embeds, cache)
     mx.eval(logits)
     clock.lap("prefill")

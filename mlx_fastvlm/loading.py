@@ -83,8 +83,9 @@ def load_model(folder: Path, config: FastVLMConfig, dtype: str | None = None) ->
     target = compute_dtype(weights["language_model.norm.weight"].dtype, dtype)
     with _cpu_prepared(path.stat().st_size, target):
         for name in list(weights):
-            # One at a time: the stored copy of a weight is freed before the next is read.
-            weights[name] = weights[name].astype(target)
+            # One at a time: the stored copy of a weight is freed before the next is read. Packed weights stay packed.
+            if mx.issubdtype(weights[name].dtype, mx.floating):
+                weights[name] = weights[name].astype(target)
             mx.eval(weights[name])
     try:
         model.load_weights(list(weights.items()), strict=True)

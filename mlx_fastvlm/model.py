@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fastvlm.cache import KVCache
+from mlx_fastvlm.cache import Cache
 from mlx_fastvlm.config import IMAGE_TOKEN_INDEX, FastVLMConfig
 from mlx_fastvlm.fastvithd import FastViTHD
-from mlx_fastvlm.kernels import linear_gelu
+from mlx_fastvlm.layers import Linear, quantize_layers
 from mlx_fastvlm.qwen2 import Qwen2
 
 
@@ -24,20 +24,29 @@ class FastVLM(nn.Module):
         hidden_size = config.text_config.hidden_size
         # LLaVA's `mlp2x_gelu`, numbered as in the checkpoint's nn.Sequential.
         self.mm_projector = [
-            nn.Linear(config.vision_config.hidden_size, hidden_size),
+            Linear(config.vision_config.hidden_size, hidden_size),
             nn.GELU(),
-            nn.Linear(hidden_size, hidden_size),
+            Linear(hidden_size, hidden_size),
         ]
         self.language_model = Qwen2(config.text_config)
+        if config.quantization is not None:
+            quantize_layers(self, config.quantization)
 
     @property
     def dtype(self) -> mx.Dtype:
         """Type the network computes in."""
         return self.language_model.norm.weight.dtype
 
-    def make_cache(self) -> list[KVCache]:
-        """An empty KV cache for one sequence (or one batch of equally long ones)."""
-        return self.language_model.make_cache()
+    def make_cache(self, kv_bits: int | None = None) -> list[Cache]:
+        """An empty KV cache for one sequence (or one batch of equally long ones).
+
+        Args:
+            kv_bits: 2, 3, 4, 5, 6 or 8 to hold keys and values quantized; None as they are computed.
+
+        Raises:
+            OptionError: the model's heads cannot be quantized so.
+        """
+        return self.language_model.make_cache(kv_bits)
 
     def encode_images(self, pixel_values: mx.array) -> mx.array:
         """Images as the decoder sees them.
@@ -53,7 +62,7 @@ class FastVLM(nn.Module):
     def project(self, features: mx.array) -> mx.array:
         """Tower features (..., feature width) → decoder width: Linear → exact GELU → Linear."""
         first, _, last = self.mm_projector
-        return last(linear_gelu(features, first.weight, first.bias))
+        return last(first(features, gelu=True))
 
     def embed(self, input_ids: Sequence[int], image_features: mx.array | Sequence[mx.array] | None = None) -> mx.array:
         """Token embeddings with each image's rows in place of its placeholder.
@@ -92,7 +101,7 @@ class FastVLM(nn.Module):
         self,
         input_ids: Sequence[int],
         image_features: mx.array | Sequence[mx.array] | None = None,
-        cache: list[KVCache] | None = None,
+        cache: list[Cache] | None = None,
     ) -> mx.array:
         """Logits for every position of one sequence.
 

@@ -9,16 +9,10 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fastvlm.cache import KVCache
+from mlx_fastvlm.cache import Cache, KVCache, QuantizedKVCache
 from mlx_fastvlm.config import TextConfig
-from mlx_fastvlm.kernels import linear, swiglu
-
-
-class Linear(nn.Linear):
-    """A Linear layer through the kernel that knows how to do a single row."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return linear(x, self.weight, self.bias if "bias" in self else None)
+from mlx_fastvlm.kernels import swiglu
+from mlx_fastvlm.layers import Embedding, Linear
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +36,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, width)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache) -> mx.array:
         """(B, L, hidden) → (B, L, hidden); the L positions follow those in `cache` and are added to it."""
         batch, length, _ = x.shape
         heads = self.qkv_proj(x).reshape(batch, length, -1, self._head_dim).transpose(0, 2, 1, 3)
@@ -57,10 +51,8 @@ class Attention(nn.Module):
             offset=cache.offset,
         )
         queries = rotated[:, : self._num_heads]
-        keys, values = cache.update_and_fetch(rotated[:, self._num_heads :], heads[:, rotated_heads:])
-        out = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self._head_dim**-0.5, mask="causal" if length > 1 else None
-        )
+        keys, values = rotated[:, self._num_heads :], heads[:, rotated_heads:]
+        out = cache.attend(queries, keys, values, self._head_dim**-0.5)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
@@ -82,7 +74,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -92,19 +84,22 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._head_dim = config.head_dim
 
-    def make_cache(self) -> list[KVCache]:
-        """An empty cache for each layer."""
-        return [KVCache() for _ in self.layers]
+    def make_cache(self, kv_bits: int | None = None) -> list[Cache]:
+        """An empty cache for each layer, quantized if `kv_bits` is given (OptionError if it cannot be)."""
+        if kv_bits is None:
+            return [KVCache() for _ in self.layers]
+        return [QuantizedKVCache(kv_bits, self._head_dim) for _ in self.layers]
 
-    def hidden_states(self, inputs_embeds: mx.array, cache: list[KVCache]) -> mx.array:
+    def hidden_states(self, inputs_embeds: mx.array, cache: list[Cache]) -> mx.array:
         """(B, L, hidden) embeddings → (B, L, hidden) normalized states, extending `cache` by L positions."""
-        x = inputs_embeds
+        x = inputs_embeds.astype(self.norm.weight.dtype)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
         return self.norm(x)
@@ -113,4 +108,4 @@ class Qwen2(nn.Module):
         """(..., hidden) → (..., vocab_size)."""
         if "lm_head" in self:
             return self.lm_head(hidden_states)
-        return linear(hidden_states, self.embed_tokens.weight)
+        return self.embed_tokens.as_linear(hidden_states)

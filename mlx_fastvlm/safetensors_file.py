@@ -29,25 +29,31 @@ _DTYPES: dict[str, tuple[type, mx.Dtype]] = {
     "U32": (np.uint32, mx.uint32),
     "U8": (np.uint8, mx.uint8),
 }
+# bytes of one element of each type of the format
+_SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
 class SafetensorsFile:
     """One file's tensors, each read from disk when asked for and not kept.
 
+    Args:
+        path: the file.
+        offset: where its bytes begin, if it lies inside another file (a zip).
+        length: how many bytes it has there; None for a file of its own.
+
     Raises:
         CheckpointError: the file is missing, cut off, or not safetensors.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, offset: int = 0, length: int | None = None):
         self.path = path
-        check_safetensors(path)
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        self._entries: dict[str, dict] = header
-        self._data_start = 8 + length
+        if length is None:
+            check_safetensors(path)
+            length = path.stat().st_size - offset
+        self._entries, self._data_start = _read_header(path, offset, length)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -86,6 +92,74 @@ class SafetensorsFile:
             return mx.array(raw.astype(np.float32))
         array = mx.array(raw)
         return array.view(dtype) if dtype == mx.bfloat16 else array
+
+
+def _read_header(path: Path, offset: int, length: int) -> tuple[dict[str, dict], int]:
+    """The header of a file inside a file, held against the format's rules, which `safe_open` checks for paths only.
+
+    Returns:
+        Name → {"dtype", "shape", "data_offsets"}, and where in `path` the data begins.
+
+    Raises:
+        CheckpointError: a rule is broken: nothing is allocated by what the header claims before that is known.
+    """
+
+    def refuse(reason: str) -> CheckpointError:
+        return CheckpointError(f"{path} is cut off or damaged ({reason}); download or convert the model again.")
+
+    with path.open("rb") as file:
+        file.seek(offset)
+        prefix = file.read(8) if length >= 8 else b""
+        if len(prefix) < 8:
+            raise refuse("it is too short for a header")
+        (size,) = struct.unpack("<Q", prefix)
+        if size > min(_MAX_HEADER, length - 8):
+            raise refuse(f"its header claims {size} bytes")
+        try:
+            header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise refuse(f"its header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise refuse("its header is not an object")
+    header.pop("__metadata__", None)
+    expected_start = 0
+    for name, entry in sorted(header.items(), key=lambda item: _sort_key(item[1])):
+        if not _is_entry(entry):
+            raise refuse(f"the entry of {name!r} is malformed")
+        start, end = entry["data_offsets"]
+        if start != expected_start or end - start != math.prod(entry["shape"]) * _SIZES[entry["dtype"]]:
+            raise refuse(f"the place of {name!r} does not fit its shape or what lies before it")
+        expected_start = end
+    if expected_start != length - 8 - size:
+        raise refuse(f"its tensors have {expected_start} bytes, the file has room for {length - 8 - size}")
+    return header, offset + 8 + size
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _sort_key(entry: object) -> list[int]:
+    return entry["data_offsets"] if _is_entry(entry) else []
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a header's value has a known type, a shape and a range of bytes, as far as one entry alone can tell."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and entry["dtype"] in _SIZES
+        and _are_sizes(entry.get("shape"))
+        and _are_sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def check_safetensors(path: Path) -> None:

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_fastvlm.cache import KVCache
+from mlx_fastvlm.cache import STEP, KVCache
 from tests.tolerances import LOGITS, relative_error
 
 
@@ -72,4 +72,4 @@ def test_cache_grows_past_its_step_and_keeps_what_it_holds():
     assert cache.offset == 601
     assert mx.array_equal(keys, mx.concatenate(written, axis=2))
     assert mx.array_equal(values, -keys)
-    assert cache.keys.shape[2] % KVCache.step == 0
+    assert cache.keys.shape[2] % STEP == 0

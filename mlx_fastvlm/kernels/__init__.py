@@ -3,11 +3,13 @@
 Kernels know shapes, not configs. MLX_FASTVLM_KERNELS=reference gives the plain result everywhere.
 """
 
-from mlx_fastvlm.kernels.choice import reference_only
+from mlx_fastvlm.kernels.choice import plain_ops, reference_only
 from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv
 from mlx_fastvlm.kernels.feed_forward import feed_forward
 from mlx_fastvlm.kernels.gelu import gelu, linear_gelu
 from mlx_fastvlm.kernels.linear import linear
+from mlx_fastvlm.kernels.quantized_attention import quantized_attention
+from mlx_fastvlm.kernels.quantized_linear import quantized_linear
 from mlx_fastvlm.kernels.self_attention import self_attention
 from mlx_fastvlm.kernels.swiglu import swiglu
 
@@ -17,6 +19,9 @@ __all__ = [
     "gelu",
     "linear",
     "linear_gelu",
+    "plain_ops",
+    "quantized_attention",
+    "quantized_linear",
     "reference_only",
     "self_attention",
     "swiglu",

@@ -1,0 +1,113 @@
+"""The tables of docs/quantization.md, rendered from the results that `quantization` has saved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, str]  # column → cell
+
+
+def demo_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Size, fidelity and accuracy of the demo model, a row a recipe."""
+    return [_demo_row(model) for model in result["models"]]
+
+
+def full_size_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Size, memory and speed of a model of real size, a row a recipe."""
+    first = result["models"][0]
+    return [_full_size_row(model, first) for model in result["models"]]
+
+
+def claim(demo: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    """What is true here of "INT8 takes 40% less memory at 98% of the accuracy", in one sentence."""
+    reference, int8 = (_by_recipe(demo, name) for name in (demo["models"][0]["recipe"], "int8"))
+    stored, small = (_by_recipe(full, name) for name in (full["models"][0]["recipe"], "int8"))
+    accuracy = int8["easy_vqa_test"]["exact_match"] / reference["easy_vqa_test"]["exact_match"]
+    disk = 1 - small["weight_bytes"] / stored["weight_bytes"]
+    memory = 1 - small["peak_rss_bytes"]["median"] / stored["peak_rss_bytes"]["median"]
+    return (
+        f"Recipe `int8` takes {disk:.0%} less room for the weights and {_less(memory)} peak memory at the size of "
+        f"{full['model']} (computing in {full['dtype']} type on the {full['machine']['mlx_device']}), and the demo model "
+        f"keeps {accuracy:.1%} of its easy-VQA accuracy "
+        f"({int8['easy_vqa_test']['exact_match']:.2%} against {reference['easy_vqa_test']['exact_match']:.2%} of "
+        f"{int8['easy_vqa_test']['questions']:,} questions)."
+    )
+
+
+def fill_docs(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page with every generated block renewed.
+
+    Args:
+        text: Markdown with `<!-- begin NAME -->` and `<!-- end NAME -->` around what is generated: "claim", "demo"
+            and "full-size".
+        results: "quantization" and "quantization-0.5b" → the saved results.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    demo, full = results["quantization"], results["quantization-0.5b"]
+    blocks: dict[str, Callable[[], str]] = {
+        "claim": lambda: claim(demo, full),
+        "demo": lambda: _markdown(demo_rows(demo)),
+        "full-size": lambda: _markdown(full_size_rows(full)),
+    }
+    for name, render in blocks.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"the page has no {begin} … {end}")
+        filled = f"{begin}\n{render()}\n{end}"
+        text = pattern.sub(lambda _, filled=filled: filled, text)
+    return text
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) for `report.format_table`."""
+    return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def _demo_row(model: Mapping[str, Any]) -> Row:
+    fidelity, accuracy = model["fidelity"], model["easy_vqa_test"]
+    tokens = fidelity["next_token"]
+    return {
+        "recipe": model["recipe"],
+        "bits per weight": f"{model['bits_per_weight']:.2f}",
+        "MB": f"{fidelity['candidate']['weight_bytes'] / 1e6:.2f}",
+        "of reference": f"{fidelity['size_ratio']:.0%}",
+        "image features, cosine": f"{fidelity['image_features']['mean']:.5f}",
+        "worst row": f"{fidelity['image_features']['worst']:.5f}",
+        "KL, nats": f"{tokens['kl_mean']:.1e}",
+        "top-1 agreement": f"{tokens['top1_agreement']:.1%}",
+        "perplexity": f"{tokens['perplexity_change']:+.2%}",
+        "same answers": f"{fidelity['answers']['identical']:.0%}",
+        "easy-VQA": f"{accuracy['exact_match']:.2%}",
+    }
+
+
+def _full_size_row(model: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
+    memory = model["peak_rss_bytes"]["median"]
+    return {
+        "recipe": model["recipe"],
+        "bits per weight": f"{model['bits_per_weight']:.2f}",
+        "MB": f"{model['weight_bytes'] / 1e6:,.0f}",
+        "of reference": f"{model['weight_bytes'] / first['weight_bytes']:.0%}",
+        "peak memory, GB": f"{memory / 1e9:.2f}",
+        "of reference's": f"{memory / first['peak_rss_bytes']['median']:.0%}",
+        "time to first token, ms": f"{model['ttft_s']['median'] * 1e3:,.0f}",
+        "decoding, tok/s": f"{model['decode_tps']['median']:.1f}",
+    }
+
+
+def _by_recipe(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next(model for model in result["models"] if model["recipe"] == name)
+
+
+def _less(share: float) -> str:
+    return f"{share:.0%} less" if share >= 0 else f"{-share:.0%} more"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    header, lines = cells(rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] + ["---:"] * (len(header) - 1), *lines])

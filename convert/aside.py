@@ -1,0 +1,114 @@
+"""Folders that appear only when they are complete: written aside, then renamed; any error or Ctrl-C leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_fastvlm.errors import CheckpointError, OptionError
+
+MADE_BY_US = ("conversion.json", "export.json")  # what marks a folder that --force may replace
+
+
+def check_destination(destination: Path, force: bool) -> None:
+    """Whether a folder may be made here, known before any work is done.
+
+    Raises:
+        OptionError: it exists, cannot be replaced, or has no parent folder.
+    """
+    if destination.exists():
+        if not force:
+            raise OptionError(f"{destination} exists; give another folder, or --force to replace it.")
+        if not destination.is_dir():
+            raise OptionError(f"{destination} is a file; --force replaces folders only.")
+        if any(destination.iterdir()) and not any((destination / name).exists() for name in MADE_BY_US):
+            raise OptionError(f"{destination} is not a converted model; --force will not delete it.")
+    if not destination.absolute().parent.is_dir():
+        raise OptionError(f"{destination.absolute().parent} is not a folder; make it first.")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Whether `needed` bytes fit on the disk of `folder`. Raises CheckpointError with both figures if not."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"The disk of {folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; free some room "
+            "or choose another folder."
+        )
+
+
+@contextmanager
+def written_aside(destination: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `destination` that takes its place at the end, or vanishes on any error or Ctrl-C.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    destination = destination.resolve()
+    _remove_abandoned(destination)
+    aside = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        aside.mkdir()
+        yield aside
+        if force and destination.exists():
+            _exchange(aside, destination)
+        else:
+            aside.rename(destination)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(destination.parent).free
+            raise CheckpointError(
+                f"The disk of {destination.parent} is full ({free / 1e9:.1f} GB free); free some room."
+            ) from None
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What the maker of a folder wrote down about it: its conversion.json or export.json."""
+    path = next(folder / name for name in MADE_BY_US if (folder / name).exists())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """A readable JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, value: object) -> None:
+    """The same in place of an existing file, which is never seen half written."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        write_json(aside, value)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _exchange(aside: Path, destination: Path) -> None:
+    """Put `aside` in the place of `destination`; if that fails, the old folder is back where it was."""
+    old = aside.with_suffix(".old")
+    destination.rename(old)
+    try:
+        aside.rename(destination)
+    except BaseException:
+        old.rename(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Remove what a conversion to the same place left when it was killed outright, a day or more ago."""
+    for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""The model card of a converted folder: README.md as hubs read it, from conversion.json and fidelity.json."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mlx_fastvlm.hub import is_hub_id
+
+from .record import read_record
+
+CARD = "README.md"
+FIDELITY = "fidelity.json"
+APPLE_LICENSE = "apple-amlr"
+# The notice and the disclosure that Apple's license asks of everyone who passes the model on.
+_APPLE_NOTICE = (
+    "Apple Machine Learning Research Model is licensed under the "
+    "Apple Machine Learning Research Model License Agreement."
+)
+_APPLE_LICENSE_ADDRESS = "https://github.com/apple/ml-fastvlm/blob/main/LICENSE_MODEL"
+
+
+def write_card(folder: Path, name: str) -> None:
+    """Write the card of the model called `name` anew. Raises CheckpointError if the record is damaged."""
+    aside = folder / f".{CARD}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        aside.write_text(render_card(folder, name), encoding="utf-8")
+        os.replace(aside, folder / CARD)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def render_card(folder: Path, name: str) -> str:
+    """The card's Markdown."""
+    record = read_record(folder)
+    fidelity = folder / FIDELITY
+    sections = [
+        _front_matter(folder, record),
+        f"# {name}",
+        "FastVLM converted for [mlx-fastvlm](https://pypi.org/project/mlx-fastvlm/): a vision-language model for MLX.",
+        f"```\nmlx-fastvlm describe picture.jpg --model {name}\n```",
+        "## What was changed\n\n" + "\n".join(f"- {line}" for line in changes(record)),
+    ]
+    if fidelity.exists():
+        sections.append(_fidelity_section(fidelity))
+    sections.append("## License\n\n" + _license_text(folder, record))
+    return "\n\n".join(sections) + "\n"
+
+
+def changes(record: dict[str, Any]) -> list[str]:
+    """What the conversion did, one sentence a line."""
+    folded = record["folded"]
+    lines = [f"Source: {record['source']}" + (f" at {record['revision']}" if record["revision"] else "")]
+    if any(folded.values()):
+        said = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in folded.items() if count)
+        error = record["self_check"]["max_relative_error"]
+        lines.append(
+            f"Folded into the weights, in float32: {said}. Measured difference: at most {error:.0e} (relative)."
+        )
+    lines.append(f"Stored as {record['dtype']}.")
+    quantization = record.get("quantization")
+    if quantization:
+        images = quantization["calibration_images"]
+        calibration = f", calibrated on {images} images" if images else ""
+        lines.append(
+            f"Quantized by recipe {quantization['recipe']}: {quantization['bits_per_weight']:.2f} bits per weight on "
+            f"average{calibration}."
+        )
+    return lines + record["notices"]
+
+
+def _front_matter(folder: Path, record: dict[str, Any]) -> str:
+    lines = ["library_name: mlx", "pipeline_tag: image-text-to-text", "tags: [mlx, mlx-fastvlm, fastvlm]"]
+    if is_hub_id(record["source"]):
+        lines.insert(0, f"base_model: {record['source']}")
+    if _is_apples(record):
+        lines += ["license: other", f"license_name: {APPLE_LICENSE}", f"license_link: {_license_link(folder)}"]
+    elif record["license"].startswith(("see ", "not ")):
+        lines.append("license: unknown")
+    else:
+        lines.append(f"license: {record['license']}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _is_apples(record: dict[str, Any]) -> bool:
+    return record["license"] == APPLE_LICENSE or str(record["source"]).startswith("apple/")
+
+
+def _license_link(folder: Path) -> str:
+    return next((path.name for path in sorted(folder.glob("LICENSE*"))), _APPLE_LICENSE_ADDRESS)
+
+
+def _license_text(folder: Path, record: dict[str, Any]) -> str:
+    if not _is_apples(record):
+        return f"The source's: {record['license']}. The conversion adds no terms of its own."
+    return (
+        f"{_APPLE_NOTICE} It is for research only; this folder is a Model Derivative of it, changed as stated above. "
+        f"The agreement's text: {_license_link(folder)}. Whoever passes this folder on must pass it on too."
+    )
+
+
+def _fidelity_section(path: Path) -> str:
+    # Imported here: most cards have none, and the report brings more than a conversion needs.
+    from mlx_fastvlm.fidelity.report import format_fidelity, read_fidelity
+
+    return f"## Fidelity\n\nMeasured with `mlx-fastvlm fidelity`.\n\n```\n{format_fidelity(read_fidelity(path))}\n```"

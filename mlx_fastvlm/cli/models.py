@@ -1,0 +1,202 @@
+"""`mlx-fastvlm convert | quantize | fidelity | verify | info`: making models and looking at them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_fastvlm.cli.terminal import DType, Revision, progress, say
+from mlx_fastvlm.errors import CheckpointError, OptionError
+
+class Layout(str, Enum):
+    """What `convert --to` makes."""
+
+    mlx_fastvlm = "mlx-fastvlm"
+    hub = "hub"
+    mlx_vlm = "mlx-vlm"
+
+
+Destination = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace DEST if it is a converted model.")]
+_STORAGE = 'bits ("4"), bits:group ("4:32"), mxfp8, mxfp4, nvfp4 or none.'
+
+
+def _part(option: str, what: str) -> object:
+    return typer.Option(option, help=f"{what} otherwise: {_STORAGE}", metavar="BITS", show_default="the recipe's")
+
+
+Decoder = Annotated[str | None, _part("--decoder", "The decoder")]
+Embeddings = Annotated[str | None, _part("--embeddings", "Embeddings and head")]
+Projector = Annotated[str | None, _part("--projector", "The projector")]
+Vision = Annotated[str | None, _part("--vision", "The vision tower's Linear layers")]
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint in any layout (folder or zip), LoRA adapter's folder, or hub id.")
+    ],
+    destination: Destination,
+    dtype: Annotated[DType | None, typer.Option(help="Type to store.", show_default="the checkpoint's")] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", "-q", metavar="RECIPE", help="Quantize: see mlx-fastvlm quantize --help.")
+    ] = None,
+    decoder: Decoder = None,
+    embeddings: Embeddings = None,
+    projector: Projector = None,
+    vision: Vision = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model that an adapter is merged into.", show_default="the one the adapter names"),
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="File or folder with a FastViTHD (MobileCLIP's or timm's) in place of the checkpoint's.",
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        Layout, typer.Option(help="Layout to make: ours, the hub's (LlavaQwen2, for PyTorch), or mlx-vlm's.")
+    ] = Layout.mlx_fastvlm,
+    revision: Revision = None,
+    force: Force = False,
+) -> None:
+    """Convert a FastVLM checkpoint into the folder that mlx-fastvlm runs, or back.
+
+    Reads LlavaQwen2 (the hub's and Apple's zips, unpacked or not), transformers' fast_vlm, mlx-vlm's, Apple's exports,
+    training checkpoints, and LoRA adapters. BatchNorms, training branches and layer scales are folded into the weights,
+    exactly. `describe` does this by itself on first use; convert by hand to choose the type, the bits or the place.
+
+    \b
+    mlx-fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b
+    mlx-fastvlm convert llava-fastvithd_1.5b_stage3.zip fastvlm-1.5b -q int4
+    mlx-fastvlm convert ./my-lora ./my-model --base apple/FastVLM-0.5B --dtype float16
+    mlx-fastvlm convert ./my-model ./for-pytorch --to hub
+    """
+    from mlx_fastvlm.convert import convert as run
+    from mlx_fastvlm.convert.exchange import convert_to
+    from mlx_fastvlm.convert.recipes import choose
+
+    parts = {"decoder": decoder, "embeddings": embeddings, "projector": projector, "vision_tower": vision}
+    if quantize is None and any(parts.values()):
+        raise OptionError("--decoder, --embeddings, --projector and --vision change a recipe; give one with --quantize.")
+    recipe = None if quantize is None else choose(quantize, **parts)
+    origin = {"revision": revision, "base": base, "vision_tower": vision_tower, "dtype": dtype and dtype.value}
+    with progress() as on_progress:
+        if to is not Layout.mlx_fastvlm:
+            if recipe is not None:
+                raise OptionError(f"--quantize is for mlx-fastvlm's own layout; leave it away with --to {to.value}.")
+            folder = convert_to(to.value, source, destination, **origin, force=force, on_progress=on_progress)
+        else:
+            folder = run(source, destination, **origin, recipe=recipe, force=force, on_progress=on_progress)
+    _report(folder)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help='Converted folder, hub id, or "demo".')],
+    destination: Destination,
+    recipe: Annotated[str, typer.Option("--recipe", "-q", help="One of the recipes below.")] = "int4",
+    decoder: Decoder = None,
+    embeddings: Embeddings = None,
+    projector: Projector = None,
+    vision: Vision = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures to calibrate the decoder on (GPTQ): slower, needs memory for the whole model, and "
+            "loses less at 4 bits and below.",
+            show_default=False,
+        ),
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Use at most so many of them.")] = 32,
+    revision: Revision = None,
+    force: Force = False,
+) -> None:
+    """Make a model smaller: fewer bits per weight, each part of the model by its own choice.
+
+    What a recipe costs in quality is measured by `mlx-fastvlm fidelity`; docs/quantization.md has a table.
+
+    \b
+    mlx-fastvlm quantize apple/FastVLM-0.5B fastvlm-0.5b-int4
+    mlx-fastvlm quantize ./my-model ./my-model-int8 --recipe int8 --vision none
+    mlx-fastvlm quantize ./my-model ./my-model-int4 --images ./my-photos
+    """
+    from mlx_fastvlm.convert.quantize import choose
+    from mlx_fastvlm.convert.quantize import quantize as run
+    from mlx_fastvlm.fidelity.pictures import find_images
+    from mlx_fastvlm.loading import resolve_model
+
+    chosen = choose(recipe, decoder=decoder, embeddings=embeddings, projector=projector, vision_tower=vision)
+    pictures = [] if images is None else find_images(images, max_images)
+    with progress() as on_progress:
+        folder = resolve_model(model, revision, on_progress)
+    with progress() as on_progress:
+        run(folder, destination, chosen, images=pictures, force=force, on_progress=on_progress)
+    _report(destination)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help='Converted folder, hub id, or "demo".')],
+    source: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint it was made from: fold it again and compare.", show_default="as recorded, if here"),
+    ] = None,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check that a converted model is what was written: checksums, finite weights, fast kernels, folds.
+
+    \b
+    mlx-fastvlm verify ./my-model
+    mlx-fastvlm verify ./my-model --source ./my-checkpoint
+    """
+    from mlx_fastvlm.convert.verify import verify as run
+    from mlx_fastvlm.loading import resolve_model
+
+    with progress() as on_progress:
+        folder = resolve_model(model, revision, on_progress)
+    with progress() as on_progress:
+        found = run(folder, source, on_progress)
+    if as_json:
+        say(json.dumps(found.to_dict(), indent=2))
+    else:
+        width = max(map(len, found.checks))
+        say("\n".join(f"{name:<{width}}  {result}" for name, result in found.checks.items()))
+    if found.problems:
+        raise CheckpointError(" ".join(found.problems))
+
+
+def _report(folder: Path) -> None:
+    """Say what was made, and what its user should know."""
+    from mlx_fastvlm.convert.aside import read_notes
+
+    notes = read_notes(folder)
+    for notice in notes["notices"]:
+        print(f"Notice: {notice}", file=sys.stderr)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    line = f"{folder}: {size / 1e6:,.1f} MB of {notes['dtype']}"
+    if notes.get("quantization"):
+        line += f", {notes['quantization']['recipe']}: {notes['quantization']['bits_per_weight']:.2f} bits per weight"
+    if "self_check" in notes:
+        line += f"; folding differs from the checkpoint by at most {notes['self_check']['max_relative_error']:.0e} (relative)"
+    say(f"{line}.")
+
+
+def info(
+    model: Annotated[str, typer.Argument(help='Hub id, model folder, or "demo".')],
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a model is: sizes, parameters by part, type, where it came from."""
+    from mlx_fastvlm.loading import resolve_model
+    from mlx_fastvlm.model_info import describe_model, format_model_info
+
+    with progress() as on_progress:
+        folder = resolve_model(model, revision, on_progress)
+    facts = describe_model(folder)
+    say(json.dumps(facts, indent=2) if as_json else format_model_info(facts))

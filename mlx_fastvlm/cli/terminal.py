@@ -1,0 +1,93 @@
+"""What every command shares: printing, progress, the model's options, and loading with advice."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.loading import OnProgress
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_fastvlm.model import FastVLM
+    from mlx_fastvlm.processor import Processor
+
+
+class DType(str, Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help='Hub id, model folder, or "demo" (built in, knows only simple shapes and words).'
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="main")]
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print to stdout now; end quietly, as done, when its reader has left (`| head -1`)."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its exit
+        raise typer.Exit(0) from None
+
+
+def load_model(model: str, dtype: DType | None, revision: str | None) -> tuple[FastVLM, Processor]:
+    from mlx_fastvlm.loading import LARGE_MODEL_BYTES, load, on_slow_cpu, resolve_model
+
+    with progress() as on_progress:
+        folder = resolve_model(model, revision, on_progress)
+    loaded, processor = load(folder, dtype=dtype and dtype.value)
+    size = (folder / "model.safetensors").stat().st_size
+    if size > LARGE_MODEL_BYTES and on_slow_cpu():
+        _advise_on_speed(loaded.dtype)
+    return loaded, processor
+
+
+def _advise_on_speed(dtype: mx.Dtype) -> None:
+    """One line on what would make a large model many times faster on a Linux CPU, if anything would."""
+    from mlx.core import float32
+
+    if dtype != float32:
+        print("Many times faster on this CPU: --dtype float32", file=sys.stderr)
+    elif cpu.missing() is not None:
+        advice = "pip install scipy-openblas32 numba, see docs/cpu.md"
+        print(f"Many times faster on this CPU: {advice} (now: {cpu.missing()})", file=sys.stderr)
+
+
+@contextmanager
+def progress() -> Iterator[OnProgress]:
+    """A progress line on stderr that appears when there is something to report."""
+    bar = task = None
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal bar, task
+        if bar is None:
+            # Imported on first use: most commands report nothing, and rich takes 50 ms.
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            bar = Progress(*columns, console=Console(stderr=True))
+            bar.start()
+            task = bar.add_task(what, total=total)
+        bar.update(task, completed=done)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -1,0 +1,93 @@
+"""What `mlx-fastvlm fidelity` does, without its command line: options in, files and a result out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.fidelity.measure import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_PROMPTS,
+    DEFAULT_SPEED_ROUNDS,
+    OnStep,
+    measure,
+)
+from mlx_fastvlm.fidelity.pictures import find_images
+from mlx_fastvlm.fidelity.plot import plot_fidelity, require_matplotlib
+from mlx_fastvlm.fidelity.report import save_fidelity, write_card_entry
+from mlx_fastvlm.fidelity.results import Fidelity
+from mlx_fastvlm.loading import DEMO, as_path, is_converted
+
+DEFAULT_MAX_IMAGES = 16
+
+
+def run(
+    reference: str,
+    candidate: str,
+    images: Path | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    max_images: int = DEFAULT_MAX_IMAGES,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    dtype: str | None = None,
+    speed_rounds: int = DEFAULT_SPEED_ROUNDS,
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+    save_to_model: bool = False,
+    on_progress: OnStep | None = None,
+) -> Fidelity:
+    """Measure, and write what was asked for.
+
+    Args:
+        reference, candidate, max_tokens, dtype, speed_rounds, on_progress: see `measure.measure`.
+        images: folder with pictures; None takes the built-in ones.
+        prompts: questions; None or none takes DEFAULT_PROMPTS.
+        max_images: take this many pictures of the folder at most, the first by name.
+        json_path: where to write the result.
+        plot_path: where to draw it as a PNG.
+        save_to_model: also keep the result in the candidate's folder and in its model card.
+
+    Raises:
+        OptionError: an option is out of range, or nothing can be written where it should be. Known before measuring
+            where it can be.
+        FastVLMError: see `measure.measure`.
+    """
+    if max_images < 1:
+        raise OptionError(f"max_images is {max_images}; expected 1 or more.")
+    home = _model_home(candidate) if save_to_model else None
+    if plot_path is not None:
+        require_matplotlib()
+    for path in (json_path, plot_path):
+        if path is not None and path.is_dir():
+            raise OptionError(f"{path} is a folder; give a file to write.")
+    fidelity = measure(
+        reference,
+        candidate,
+        None if images is None else find_images(images, max_images),
+        tuple(prompts or DEFAULT_PROMPTS),
+        max_tokens=max_tokens,
+        dtype=dtype,
+        speed_rounds=speed_rounds,
+        on_progress=on_progress,
+    )
+    if json_path is not None:
+        save_fidelity(fidelity, json_path)
+    if plot_path is not None:
+        plot_fidelity([fidelity], plot_path)
+    if home is not None:
+        from mlx_fastvlm.convert.model_card import write_card  # the converter is needed for nothing else here
+
+        write_card_entry(fidelity, home)
+        write_card(home)
+    return fidelity
+
+
+def _model_home(candidate: str) -> Path:
+    """The folder that keeps the candidate's result: the user's own converted model, never the package or the cache."""
+    folder = as_path(candidate)
+    if candidate == DEMO or not folder.is_dir() or not is_converted(folder):
+        raise OptionError(
+            f"{candidate} is not the folder of a converted model, so the result cannot be kept there; use --json."
+        )
+    return folder

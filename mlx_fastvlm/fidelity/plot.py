@@ -1,0 +1,78 @@
+"""The picture of a comparison: size on disk against top-1 agreement, one point a model. Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.fidelity.results import Fidelity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_fidelity(results: Sequence[Fidelity], path: Path) -> Path:
+    """Draw one or several results, reference included, as a PNG file.
+
+    Args:
+        results: usually several candidates against the same reference.
+        path: file to write; aside first and then renamed.
+
+    Raises:
+        OptionError: matplotlib is missing, there is nothing to draw, or `path` cannot be written.
+    """
+    if not results:
+        raise OptionError("There are no fidelity results to draw.")
+    figure = _draw(results)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                figure.savefig(file, format="png", dpi=150)
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from None
+    return path
+
+
+def require_matplotlib() -> None:
+    """Refuse a plot that could not be drawn, before anything is measured for it. Raises OptionError."""
+    try:
+        import matplotlib.figure  # noqa: F401 - imported where it is needed: it takes half a second
+    except ImportError:
+        raise OptionError("A plot needs matplotlib: pip install 'mlx-fastvlm[plot]'.") from None
+
+
+def _draw(results: Sequence[Fidelity]) -> Figure:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    # A reference that several results share is one point.
+    references = list(dict.fromkeys((result.reference.name, result.reference.weight_bytes, 1.0) for result in results))
+    candidates = [
+        (result.candidate.name, result.candidate.weight_bytes, result.next_token.top1_agreement) for result in results
+    ]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, marker, points in (("reference", "s", references), ("candidates", "o", candidates)):
+        names, sizes, agreements = zip(*points, strict=True)
+        megabytes, percent = [size / 1e6 for size in sizes], [100 * agreement for agreement in agreements]
+        axes.scatter(megabytes, percent, marker=marker, label=label)
+        for name, x, y in zip(names, megabytes, percent, strict=True):
+            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    largest = max(size for _, size, _ in [*references, *candidates]) / 1e6
+    axes.set_xlim(0, largest * 1.2)  # room for the last name
+    axes.set_xlabel("weights on disk, MB")
+    axes.set_ylabel("top-1 agreement with the reference, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
