@@ -34,16 +34,18 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     stored = sum(path.stat().st_size for path in args.checkpoint.glob("*.safetensors"))
     runs = []
     for turn in range(args.repeat):
-        runs.append(time_conversion(args.checkpoint, args.dtype, args.work))
+        runs.append(time_conversion(args.checkpoint, args.dtype, args.quantize, args.work))
         progress(f"{turn + 1}/{args.repeat}: {runs[-1][0]:.1f} s, {runs[-1][1] / 1e9:.2f} GB")
     seconds, peaks = (Summary.of(values) for values in zip(*runs, strict=True))
     verdict = "within" if peaks.high < LIMIT_GB * 1e9 else "ABOVE"
     rows = [["time, s", *seconds.cells(digits=2)], ["peak memory, GB", *peaks.cells(1e-9, digits=2)]]
-    title = f"convert {args.checkpoint.resolve().name}, {stored / 1e9:.2f} GB stored"
+    recipe = f" -q {args.quantize}" if args.quantize else ""
+    title = f"convert {args.checkpoint.resolve().name}{recipe}, {stored / 1e9:.2f} GB stored"
     table = format_table([title, "median", "min-max"], rows)
     return f"{table}\nPeak memory is {verdict} the limit of {LIMIT_GB:g} GB.", {
         "checkpoint": args.checkpoint.resolve().name,
         "dtype": args.dtype,
+        "quantize": args.quantize,
         "stored_bytes": stored,
         "seconds": seconds.to_dict(),
         "peak_rss_bytes": peaks.to_dict(),
@@ -52,12 +54,15 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     }
 
 
-def time_conversion(checkpoint: Path, dtype: str | None, work: Path | None = None) -> tuple[float, int]:
+def time_conversion(
+    checkpoint: Path, dtype: str | None, recipe: str | None = None, work: Path | None = None
+) -> tuple[float, int]:
     """(seconds, peak resident bytes) of one conversion by the command line.
 
     Args:
         checkpoint: folder in the hub's layout.
         dtype: type to store; None keeps the checkpoint's.
+        recipe: how to quantize on the way; None does not.
         work: folder with room for the result; None is the system's temporary folder.
 
     Raises:
@@ -68,6 +73,7 @@ def time_conversion(checkpoint: Path, dtype: str | None, work: Path | None = Non
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-", dir=work) as folder, tempfile.TemporaryFile() as complaints:
         command = [str(installed_command()), "convert", str(checkpoint), str(Path(folder) / "converted")]
         command += ["--dtype", dtype] if dtype else []
+        command += ["--quantize", recipe] if recipe else []
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=complaints)
         try:
@@ -90,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("conversion", __doc__)
     parser.add_argument("checkpoint", metavar="FOLDER", type=Path, help="checkpoint in the hub's layout")
     parser.add_argument("--dtype", choices=DTYPES, help="type to store (default: the checkpoint's)")
+    parser.add_argument("--quantize", metavar="RECIPE", help="quantize on the way (default: no)")
     parser.add_argument("--work", metavar="FOLDER", type=Path, help="where the results go until they are deleted")
     parser.add_argument("--repeat", metavar="N", type=at_least_one, default=1, help="conversions (1)")
     run("conversion", parser, measure, argv)

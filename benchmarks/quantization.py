@@ -1,9 +1,9 @@
 """Quantization: what every recipe saves and what it costs in quality, beside the unquantized types.
 
 By default the demo model, which can be asked for the right answers: size on disk, fidelity to the embedded float16
-weights on some of easy-VQA's test pictures (see mlx_fastvlm.fidelity), and exact match on all of easy-VQA's test
-questions (pip install easy-vqa). With --full-size, a model of real size instead, whose values need not mean anything:
-size, memory and speed, each taken in processes that hold nothing else, one recipe after the other in turns.
+weights on some of easy-VQA's test pictures and the generated ones (see mlx_fastvlm.fidelity), and exact match on all
+of easy-VQA's test questions (pip install easy-vqa). With --full-size, a model of real size instead, whose values need
+not mean anything: size, memory and speed, each taken in processes that hold nothing else, in turns.
 
   python -m mlx_fastvlm.benchmarks.quantization --save
   python -m tests.reference.hub_checkpoint random-0.5b --config 0.5b      (from the repository root)
@@ -30,11 +30,12 @@ import mlx.core as mx
 
 from mlx_fastvlm.convert.quantize import RECIPES, quantize
 from mlx_fastvlm.errors import FastVLMError
-from mlx_fastvlm.fidelity.measure import measure as measure_fidelity
+from mlx_fastvlm.fidelity.comparison import measure as measure_fidelity
+from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, draw
 from mlx_fastvlm.fidelity.plot import plot_fidelity
 from mlx_fastvlm.fidelity.results import Fidelity
 from mlx_fastvlm.fidelity.stopwatch import SPEED_TOKENS, time_in_turns
-from mlx_fastvlm.loading import DEMO, DTYPES, load, resolve_model
+from mlx_fastvlm.loading import DEMO, DTYPES, compute_dtype, load, resolve_model
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
@@ -69,6 +70,7 @@ def measure_demo(names: Sequence[str], limit: int | None) -> tuple[str, dict[str
     asked = test_questions(limit)
     step = max(1, len(asked) // FIDELITY_PICTURES)
     pictures = [picture for picture, _ in asked[::step]][:FIDELITY_PICTURES]
+    pictures += [draw(index) for index in range(NUM_GENERATED)]  # the model is less sure of these
     reference = resolve_model(DEMO)
     models = []
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as work:
@@ -122,7 +124,7 @@ def measure_full_size(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         ]
     result = {
         "model": Path(args.full_size).name,
-        "dtype": args.dtype or "default",
+        "dtype": str(compute_dtype(stored_dtype(reference), args.dtype)).removeprefix("mlx.core."),
         "generation_tokens": SPEED_TOKENS,
         "models": models,
     }
@@ -151,8 +153,13 @@ def bits_per_weight(folder: Path) -> float:
     record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
     if record.get("quantization"):
         return record["quantization"]["bits_per_weight"]
+    return 8.0 * stored_dtype(folder).size
+
+
+def stored_dtype(folder: Path) -> mx.Dtype:
+    """The type of what is not quantized."""
     stored = SafetensorsFile(folder / "model.safetensors").dtype("language_model.norm.weight")
-    return {"F32": 32.0, "F16": 16.0, "BF16": 16.0}[stored]
+    return {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[stored]
 
 
 def write_docs(docs: Path | None, plot: Path | None) -> None:

@@ -29,7 +29,7 @@ def claim(demo: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     memory = 1 - small["peak_rss_bytes"]["median"] / stored["peak_rss_bytes"]["median"]
     return (
         f"Recipe `int8` takes {disk:.0%} less room for the weights and {_less(memory)} peak memory at the size of "
-        f"{full['model']} (computing in {full['dtype']} type on the {full['machine']['mlx_device']}), and the demo model "
+        f"{full['model']} (computing in {full['dtype']} on the {full['machine']['mlx_device']}), and the demo model "
         f"keeps {accuracy:.1%} of its easy-VQA accuracy "
         f"({int8['easy_vqa_test']['exact_match']:.2%} against {reference['easy_vqa_test']['exact_match']:.2%} of "
         f"{int8['easy_vqa_test']['questions']:,} questions)."
@@ -95,6 +95,7 @@ def _full_size_row(model: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
         "of reference": f"{model['weight_bytes'] / first['weight_bytes']:.0%}",
         "peak memory, GB": f"{memory / 1e9:.2f}",
         "of reference's": f"{memory / first['peak_rss_bytes']['median']:.0%}",
+        "held by MLX, GB": f"{model['peak_mlx_bytes']['median'] / 1e9:.2f}",
         "time to first token, ms": f"{model['ttft_s']['median'] * 1e3:,.0f}",
         "decoding, tok/s": f"{model['decode_tps']['median']:.1f}",
     }

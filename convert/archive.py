@@ -67,7 +67,8 @@ def open_source(source: Path, beside: Path) -> Iterator[Folder]:
     """A checkpoint folder or zip, ready to be read; what a zip made necessary to unpack is removed at the end.
 
     Small files of a zip are unpacked into a hidden folder next to `beside`, so are weights that cannot be read in place
-    (compressed ones and PyTorch's), and folders ending in .mlpackage. Stored .safetensors are not copied.
+    (compressed ones and PyTorch's), and folders ending in .mlpackage. Stored .safetensors are not copied, and the zip's
+    checksum of them is not computed; their headers are checked as everywhere.
 
     Args:
         source: a folder, or a zip with the checkpoint's files at its top or in one folder.
@@ -247,7 +248,7 @@ def _check_sizes(source: Path, unpacked: dict[str, zipfile.ZipInfo], folder: Pat
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"Unpacking the compressed weights of {source} needs {needed / 1e9:.1f} GB beside the destination; "
+            f"Unpacking what cannot be read inside {source} needs {needed / 1e9:.1f} GB beside the destination; "
             f"{folder.parent} has {free / 1e9:.1f} GB free. Free some room or choose another destination."
         )
 

@@ -58,10 +58,10 @@ class Checkpoint:
         return name in self._file_of
 
     def __getitem__(self, name: str) -> mx.array:
-        return self._file_of[name].read(name).astype(mx.float32)
+        return _as_float32(self._file_of[name].read(name))
 
     def rows(self, name: str, start: int, stop: int) -> mx.array:
-        return self._file_of[name].rows(name, start, stop).astype(mx.float32)
+        return _as_float32(self._file_of[name].rows(name, start, stop))
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -131,3 +131,8 @@ def _files_of_index(folder: Folder, index: str, present: set[str]) -> list[str]:
         if name not in present:
             raise CheckpointError(f"{folder.origin} lacks the shard {name} that {index} names; finish the download.")
     return names
+
+
+def _as_float32(array: mx.array) -> mx.array:
+    """Numbers in float32; integers as stored: they are counters, or MLX's packed weights."""
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array

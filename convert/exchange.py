@@ -43,7 +43,9 @@ def convert_to(
     path, destination = as_path(source), as_path(destination)
     if (path / "config.json").is_file() and FORMAT_KEY in read_config_dict(path):
         if revision or base or vision_tower:
-            raise OptionError(f"{path} is converted already; --revision, --base and --vision-tower are for checkpoints.")
+            raise OptionError(
+                f"{path} is converted already; --revision, --base and --vision-tower are for checkpoints."
+            )
         return export(path, destination, layout, dtype=dtype, force=force, on_progress=on_progress)
     check_destination(destination, force)
     origin = {"revision": revision, "base": base, "vision_tower": vision_tower}

@@ -30,6 +30,7 @@ _PROJECTOR = "mm_projector.bin"  # all that LLaVA's first training stage stores
 _TRAINER_FILES = ("non_lora_trainables.bin", _PROJECTOR)
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_CONFIG = 2**24  # bytes
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Fields of adapter_config.json that change nothing in how a trained adapter is applied.
 _OF_NO_EFFECT = {
@@ -82,17 +83,18 @@ class LowRank:
     def changed(self, weight: mx.array, start: int, stop: int) -> mx.array:
         """Rows start … stop − 1 of the base's weight → the same rows of the merged weight, both float32."""
         # In numpy: MLX may round float32 products to TF32, and its CPU build for Linux has a slow BLAS.
-        base = np.array(weight)
         rows = stop - start
         if self.is_embedding:
-            product = np.array(self.tensors[self.a])[:, start:stop].T @ np.array(self.tensors[self.b]).T
+            product = np.asarray(self.tensors[self.a])[:, start:stop].T @ np.asarray(self.tensors[self.b]).T
         else:
-            a, b = np.array(self.tensors[self.a]), np.array(self.tensors.rows(self.b, start, stop))
+            a, b = np.asarray(self.tensors[self.a]), np.asarray(self.tensors.rows(self.b, start, stop))
             product = b.reshape(rows, a.shape[0]) @ a.reshape(a.shape[0], -1)
-        result = base + np.float32(self.scale) * product.reshape(base.shape)
+        result = product.reshape(weight.shape)
+        result *= np.float32(self.scale)
+        result += np.asarray(weight)
         if self.magnitude is not None:
             norm = np.linalg.norm(result.reshape(rows, -1), axis=1)
-            factor = np.array(self.tensors[self.magnitude]).reshape(-1)[start:stop] / norm
+            factor = np.asarray(self.tensors[self.magnitude]).reshape(-1)[start:stop] / norm
             result *= factor.reshape(-1, *(1,) * (result.ndim - 1))
         return mx.array(result)
 
@@ -401,6 +403,9 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
             f"{path} says init_lora_weights {settings['init_lora_weights']!r}, which changes the base's weights as well; "
             "merge the adapter with peft (merge_and_unload) and convert the result."
         )
+    base = settings.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise CheckpointError(f"{path} says base_model_name_or_path {base!r}; expected a name.")
     for name in ("r", "lora_alpha"):
         _check_number(path, name, settings.get(name), whole=name == "r")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -413,8 +418,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _check_number(path: Path, name: str, value: object, *, whole: bool) -> None:
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < whole:
-        expected = "a whole number above zero" if whole else "a number"
+    if not is_number or not int(whole) <= value <= 1e9:  # not the reverse, which NaN would pass
+        expected = "a whole number above zero" if whole else "a number of at least zero"
         raise CheckpointError(f"{path} says {name} = {value!r}; expected {expected}.")
 
 
@@ -430,6 +435,8 @@ def _add_part(
         raise CheckpointError(
             f"{folder.origin}: {name} is a bias inside LoRA, which is not supported; merge the adapter with peft."
         )
+    if tensors.dtype(name) not in _FLOATS:
+        raise CheckpointError(f"{folder.origin}: {name} is of type {tensors.dtype(name)}; expected floating point.")
     if part in parts.setdefault(module, {}):
         raise CheckpointError(f"{folder.origin} has {part} of {module} twice; expected one adapter in the folder.")
     parts[module][part] = (tensors, name)

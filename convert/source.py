@@ -17,7 +17,7 @@ from mlx_fastvlm.loading import FORMAT_KEY, as_path
 from .archive import Folder, check_inside, open_source
 from .checkpoint import Checkpoint
 from .key_map import TOWER
-from .layouts import recognize, tower_alone
+from .layouts import candidates, recognize, tower_alone
 from .lora import is_adapter, merged, read_adapter
 from .tensors import Combined, Renamed, Stored, Tensors
 
@@ -75,9 +75,7 @@ def opened(
         yield found
 
 
-def _open(
-    stack: ExitStack, source: PathLike, destination: Path, revision: str | None, base: PathLike | None
-) -> Source:
+def _open(stack: ExitStack, source: PathLike, destination: Path, revision: str | None, base: PathLike | None) -> Source:
     path = as_path(source)
     if not path.exists():
         if not is_hub_id(str(source)):
@@ -94,11 +92,12 @@ def _open(
     check_inside(folder.path, folder.path / "config.json")
     raw_config = read_config_dict(folder.path)
     if FORMAT_KEY in raw_config:
-        raise CheckpointError(f"{path} is converted already; give the original checkpoint, or use mlx-fastvlm quantize.")
+        raise CheckpointError(
+            f"{path} is converted already; give the original checkpoint, or use mlx-fastvlm quantize."
+        )
+    candidates(raw_config)  # another model's config is a clearer answer than its lack of weights
     layout = recognize(Checkpoint(folder), raw_config, folder.path)
-    return Source(
-        str(source), revision, folder.path, layout.name, layout.config, layout.tensors, tuple(layout.notices)
-    )
+    return Source(str(source), revision, folder.path, layout.name, layout.config, layout.tensors, tuple(layout.notices))
 
 
 def _adapted(stack: ExitStack, folder: Folder, name: str, destination: Path, base: PathLike | None) -> Source:

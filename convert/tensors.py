@@ -21,10 +21,10 @@ class Tensors(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def __getitem__(self, name: str) -> mx.array:
-        """The whole tensor in float32."""
+        """The whole tensor in float32; integers as they are stored."""
 
     def rows(self, name: str, start: int, stop: int) -> mx.array:
-        """Rows start … stop − 1 along the first axis, in float32, without reading the others where that is possible."""
+        """Rows start … stop − 1 along the first axis, as `[]` gives them; the others are not read where that is possible."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 

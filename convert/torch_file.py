@@ -82,7 +82,7 @@ class TorchFile:
         is_zip = zipfile.is_zipfile(path)
         ends = _storage_ends(path) if is_zip else {}
         tensors = _plain_tensors(path, _load(path, without_data=is_zip), torch)
-        _check_dense(path, tensors)
+        _check_tensors(path, tensors)
         has_places = is_zip and all(_storage(tensor) is not None for tensor in tensors.values())
         if is_zip and not has_places:
             tensors = _plain_tensors(path, _load(path, mmap=True), torch)
@@ -162,7 +162,10 @@ def _load(path: Path, *, without_data: bool = False, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read safely as PyTorch weights: {reason}") from None
+        raise CheckpointError(
+            f"{path} cannot be read safely as PyTorch weights: {reason.rstrip('.')}. "
+            "Download it again, or save the model's state_dict() alone."
+        ) from None
 
 
 def _plain_tensors(path: Path, loaded: object, torch: Any) -> dict[str, Any]:
@@ -187,10 +190,19 @@ def _plain_tensors(path: Path, loaded: object, torch: Any) -> dict[str, Any]:
     )
 
 
-def _check_dense(path: Path, tensors: Mapping[str, Any]) -> None:
+def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Dense numbers of a known type, and no view that repeats elements: it could claim any size."""
     for name, tensor in tensors.items():
         if str(tensor.layout) != "torch.strided" or tensor.is_quantized or _kind(tensor) not in _DTYPES:
             raise CheckpointError(f"{path}: tensor {name} is {tensor.layout} {tensor.dtype}; expected dense weights.")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise _misfit(path, name, tensor)
+
+
+def _misfit(path: Path, name: str, tensor: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is cut off or damaged: tensor {name} {list(tensor.shape)} does not fit its record; download it again."
+    )
 
 
 def _kind(tensor: Any) -> str:
@@ -229,11 +241,8 @@ def _place(path: Path, name: str, tensor: Any, ends: dict[int, int]) -> _Place:
     place = _Place(kind, shape, strides, storage, offset)
     room = ends.get(storage, 0) - storage
     needed = (offset + _span(shape, strides)) * place.itemsize
-    # The second condition is for views that repeat elements: they could claim any size.
-    if needed > room or math.prod(shape) * place.itemsize > room or min(strides, default=0) < 0 or offset < 0:
-        raise CheckpointError(
-            f"{path} is cut off or damaged: tensor {name} {list(shape)} does not fit its record; download it again."
-        )
+    if needed > room or tensor.nbytes > room or min(strides, default=0) < 0 or offset < 0:
+        raise _misfit(path, name, tensor)
     return place
 
 

@@ -25,7 +25,7 @@ CLIP_HEAD_WIDTH = 768
 # A BatchNorm with these statistics multiplies by 16 / sqrt(256 + eps), which is 1 exactly in float32, float16 and
 # bfloat16 for every eps below 1.5e-5: beside 256 it vanishes. With variance 1 it would not, and nothing that bfloat16
 # can hold would take it back.
-_IDENTITY_BATCH_NORM = {"weight": 16.0, "running_mean": 0.0, "running_var": 256.0}
+IDENTITY_BATCH_NORM = {"weight": 16.0, "running_mean": 0.0, "running_var": 256.0}
 
 # Linear layers of the runtime that the tower stores as 1×1 convolutions; all others are stored as matrices.
 _POINTWISE = re.compile(r".*\.(convffn\.fc[12]|se\.(reduce|expand))")
@@ -182,7 +182,7 @@ def _unfold_batch_norm(site: ConvBatchNormSite, shapes: Shapes) -> Iterator[Expo
     yield _kernel(site, f"{site.source}.conv.conv.weight")
     norm, width = f"{site.source}.conv.bn", shapes[f"{site.target}.bias"]
     yield Exported(f"{norm}.bias", width, f"{site.target}.bias")
-    for part, value in _IDENTITY_BATCH_NORM.items():
+    for part, value in IDENTITY_BATCH_NORM.items():
         yield Exported(f"{norm}.{part}", width, value=value)
     yield Exported(f"{norm}.num_batches_tracked", (), is_counter=True)
 

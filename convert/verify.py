@@ -122,7 +122,9 @@ def _weights(folder: Path, config: FastVLMConfig, on_progress: OnProgress | None
         if dtype == mx.float32:
             for start, rows in row_blocks(weights, name):
                 if not mx.all(mx.isfinite(rows)).item():
-                    raise CheckpointError(f"{name} holds NaN or infinity, from row {start} on; convert the model again.")
+                    raise CheckpointError(
+                        f"{name} holds NaN or infinity, from row {start} on; convert the model again."
+                    )
         done += weights.nbytes(name)
         if on_progress:
             on_progress("Weights", done, total)
@@ -154,9 +156,7 @@ def _fast_paths(folder: Path, config: FastVLMConfig) -> str:
     return f"equal plain operations to {error:.0e} on this machine"
 
 
-def _folds(
-    folder: Path, config: FastVLMConfig, source: str | os.PathLike[str], on_progress: OnProgress | None
-) -> str:
+def _folds(folder: Path, config: FastVLMConfig, source: str | os.PathLike[str], on_progress: OnProgress | None) -> str:
     """Fold the source again: the self-check holds, and what is stored is what folding gives."""
     weights = SafetensorsFile(folder / "model.safetensors")
     shapes = parameter_shapes(config)
@@ -173,6 +173,4 @@ def _folds(
             worst = max(worst, difference / max(mx.max(mx.abs(expected)).item(), 1e-30))
             if not worst <= TOLERANCE:
                 raise CheckpointError(f"{name} is not what {source} folds to (off by {worst:.1e}, relative).")
-    return (
-        f"{check.sites} parts equal the source's to {check.max_relative_error:.0e}, stored weights are what they fold to"
-    )
+    return f"{check.sites} parts equal the source's to {check.max_relative_error:.0e}, stored weights are what they fold to"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -43,8 +43,9 @@ class WeightErrors:
 
 
 def parameter_shapes(config: FastVLMConfig) -> dict[str, tuple[int, ...]]:
-    """Runtime parameter name → shape, from the model itself."""
-    return {name: tuple(array.shape) for name, array in tree_flatten(FastVLM(config).parameters())}
+    """Runtime parameter name → shape before any quantization, from the model itself."""
+    model = FastVLM(replace(config, quantization=None))
+    return {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
 
 
 def stored_specs(

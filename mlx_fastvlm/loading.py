@@ -36,7 +36,7 @@ LARGE_MODEL_BYTES = 100_000_000  # beyond it, the extra `cpu` decides between se
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # What a conversion depends on: a note or a picture beside the weights does not make it new.
-_CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".txt", ".jinja")
+_CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".jinja")
 
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
@@ -50,8 +50,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        model: hub id, local folder (a hub checkpoint's or a converted one), or "demo" for the built-in small model.
-            A checkpoint is converted on first use into the cache folder.
+        model: hub id, local folder or zip (a checkpoint in any layout, an adapter, or a converted model), or "demo" for
+            the built-in small model. A checkpoint is converted on first use into the cache folder.
         dtype: "float32", "float16" or "bfloat16" to compute in. None keeps the stored type on a GPU and takes float32
             on a CPU, where MLX is fast in no other.
         revision: branch, tag or commit of a hub id.
@@ -131,10 +131,13 @@ def resolve_model(
         return Path(__file__).parent / "assets" / "demo"
     path = as_path(model)
     if path.is_dir():
-        return path if is_converted(path) else _converted_copy(path, on_progress)
+        is_adapter = (path / "adapter_config.json").exists()
+        return path if not is_adapter and is_converted(path) else _converted_copy(path, on_progress)
+    if path.suffix == ".zip" and path.is_file():
+        return _converted_copy(path, on_progress)
     if path.exists():
         raise CheckpointError(
-            f"{path} is a file; expected a model folder, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}."
+            f"{path} is a file; expected a model folder or zip, a hub id such as {DEFAULT_MODEL}, or {DEMO!r}."
         )
     if not is_hub_id(str(model)):
         raise CheckpointError(
@@ -207,21 +210,22 @@ def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | No
     return home / checkpoint.name
 
 
-def _converted_copy(folder: Path, on_progress: OnProgress | None) -> Path:
-    """The cached conversion of a local checkpoint, made anew when its files change."""
-    folder = folder.resolve()
+def _converted_copy(source: Path, on_progress: OnProgress | None) -> Path:
+    """The cached conversion of a local checkpoint, folder or zip, made anew when its files change."""
+    source = source.resolve()
     state = hashlib.sha256()
     try:
-        for path in sorted(path for suffix in _CHECKPOINT_SUFFIXES for path in folder.glob(f"*{suffix}")):
+        files = [path for suffix in _CHECKPOINT_SUFFIXES for path in source.glob(f"*{suffix}")]
+        for path in sorted(files) if source.is_dir() else [source]:
             status = path.stat()
             state.update(os.fsencode(path.name) + f" {status.st_size} {status.st_mtime_ns};".encode())
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}).") from None
-    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    home = cache_folder() / "local" / f"{folder.name}-{place}"
+        raise CheckpointError(f"{source} cannot be read ({error.strerror or error}).") from None
+    place = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
+    home = cache_folder() / "local" / f"{source.name}-{place}"
     current = home / state.hexdigest()[:12]
     if not (current / "config.json").exists():
-        _convert(folder, current, on_progress)
+        _convert(source, current, on_progress)
         for other in home.iterdir():  # conversions of what the folder held before
             if other != current and not other.name.startswith("."):
                 shutil.rmtree(other, ignore_errors=True)

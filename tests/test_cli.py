@@ -167,7 +167,7 @@ BAD_COMMANDS = [
     (["describe", PICTURE, "--colour", "blue"], "--colour"),
     (["describe", "-", "-m", "demo"], "Standard input is empty"),
     (["describe", "http://127.0.0.1:9/picture.png", "-m", "demo"], "127.0.0.1"),
-    (["convert", "no-such-folder", "out"], "neither a folder nor a hub id"),
+    (["convert", "no-such-folder", "out"], "neither a folder, a zip nor a hub id"),
     (["convert", str(GOLDEN), "no/such/place"], "no/such"),
     (["convert", "apple/FastVLM-0.5B", "out"], "neither in the cache nor"),
     (["info", str(GOLDEN)], "config.json"),

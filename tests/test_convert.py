@@ -313,9 +313,11 @@ def test_an_interruption_leaves_nothing(error, hub_folder, tmp_path):
 def test_progress_counts_up_to_all_bytes(hub_folder, tmp_path):
     reports = []
     convert(hub_folder("inference"), tmp_path / "out", on_progress=lambda *report: reports.append(report))
-    done = [report[1] for report in reports]
-    assert done == sorted(done)
-    assert done[-1] == reports[-1][2] > 0
+    assert {what for what, _, _ in reports} == {"Converting", "Checksums"}
+    for stage in ("Converting", "Checksums"):
+        done = [report[1:] for report in reports if report[0] == stage]
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1] > 0
 
 
 def test_a_hub_tokenizer_json_is_used_as_it_is(checkpoint):

@@ -16,13 +16,14 @@ else:
 
 ROOT = Path(__file__).parent.parent
 RUNTIME = sorted((ROOT / "mlx_fastvlm").rglob("*.py"))
-CONVERTER = sorted((ROOT / "convert").glob("*.py"))
+CONVERTER = sorted((ROOT / "convert").rglob("*.py"))
+CLI = [f"mlx_fastvlm/cli/{path.name}" for path in (ROOT / "mlx_fastvlm" / "cli").glob("*.py")]
 
 # module → the only files that may import it at all
 ONLY_IN = {
-    "torch": {"convert/checkpoint.py"},
-    "typer": {"mlx_fastvlm/cli.py"},
-    "rich": {"mlx_fastvlm/cli.py"},
+    "torch": {"convert/torch_file.py"},
+    "typer": set(CLI),
+    "rich": {"mlx_fastvlm/cli/terminal.py"},
     "PIL": {"mlx_fastvlm/image_processing.py"},
     "huggingface_hub": {"mlx_fastvlm/hub.py"},
     "httpx": {"mlx_fastvlm/image_source.py"},
@@ -92,7 +93,8 @@ def test_every_file_says_what_it_is():
 def test_the_list_of_packages_is_the_tree():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in RUNTIME}
-    folders |= {f"mlx_fastvlm.{name}" for name in ("convert", "benchmarks")}
+    outside = {path.parent.relative_to(ROOT).as_posix() for path in CONVERTER} | {"benchmarks"}
+    folders |= {f"mlx_fastvlm.{name}".replace("/", ".") for name in outside}
     assert set(settings["packages"]) == folders
 
 

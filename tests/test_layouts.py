@@ -128,6 +128,22 @@ def test_fast_vlm_without_processor_is_padded_at_1024(hub_folder, tmp_path):
     assert (config.image_aspect_ratio, config.vision_config.image_size, layout.notices) == ("pad", 1024, [])
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"do_pad": True}, ("pad", 256)),
+        ({"do_center_crop": False, "crop_size": {"height": 224, "width": 224}}, ("pad", 256)),
+        ({"size": {"height": 512, "width": 512}, "crop_size": None}, ("crop", 512)),
+    ],
+)
+def test_fast_vlm_with_another_processor(hub_folder, settings, wanted, tmp_path):
+    folder = write.write_fast_vlm(hub_folder("inference"), tmp_path / "f")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    config = FastVLMConfig.from_dict(read_layout(folder).config)
+    assert (config.image_aspect_ratio, config.vision_config.image_size) == wanted
+
+
 def edit(*path, value):
     """A change of one field, given by its path in the config."""
 

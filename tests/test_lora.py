@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.checkpoint import Checkpoint
 from mlx_fastvlm.convert.lora import is_adapter, merged, read_adapter
 from mlx_fastvlm.errors import CheckpointError
@@ -20,6 +21,7 @@ from tests.reference.adapters import (
     write_adapter,
     write_base,
 )
+from tests.reference.hub_checkpoint import write_hub_checkpoint
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q = "model.layers.0.self_attn.q_proj"
@@ -186,6 +188,7 @@ BAD_TENSORS = {
         lambda t: t.update({f"base_model.model.{Q}.lora_B.bias": random_array(0, 8)}),
         "a bias inside LoRA",
     ),
+    "integers": (lambda t: t.update({A: np.ones((4, 8), np.int32)}), "expected floating point"),
     "two adapters": (lambda t: t.update(factors(Q, (8, 8), infix=".other")), "twice"),
     "one module by two names": (
         lambda t: t.update(factors("model.language_model.layers.0.self_attn.q_proj", (8, 8))),
@@ -209,6 +212,8 @@ def test_tensors_that_do_not_fit_are_named(base, tmp_path, case):
         ({"r": True}, "r = True"),
         ({"lora_alpha": "8"}, "lora_alpha = '8'"),
         ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -345,3 +350,24 @@ def test_settings_are_kept_for_the_record(tmp_path):
     assert adapter.base_model_name_or_path == "apple/FastVLM-0.5B"
     assert adapter.settings == json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert adapter.ranks == {f"base_model.model.{Q}": 4}
+
+
+def test_an_adapter_converts_to_what_its_merged_base_does(tmp_path):
+    base = write_hub_checkpoint(tmp_path / "base", config="tiny", dtype="float32")
+    arrays = load_file(base / "model.safetensors")
+    stored = {}
+    for module in (Q, "model.layers.1.mlp.down_proj", "model.mm_projector.2", FC1):
+        found = factors(module, arrays[f"{module}.weight"].shape)
+        arrays[f"{module}.weight"] = merged_weight(arrays[f"{module}.weight"], *found.values(), alpha=6).astype("f4")
+        stored |= found
+    adapter = write_adapter(tmp_path / "adapter", stored, base_model_name_or_path=str(base))
+    (tmp_path / "merged").mkdir()
+    for path in base.iterdir():
+        (tmp_path / "merged" / path.name).write_bytes(path.read_bytes())
+    save_file(arrays, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    expected = mx.load(str(convert(tmp_path / "merged", tmp_path / "expected") / "model.safetensors"))
+    for given in (None, base):
+        found = mx.load(str(convert(adapter, tmp_path / f"found-{given is None}", base=given) / "model.safetensors"))
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(np.array(found[name]), np.array(array), rtol=1e-5, atol=1e-6, err_msg=name)

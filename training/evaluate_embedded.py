@@ -11,24 +11,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
-
-from mlx_fastvlm import generate_step, load
-from mlx_fastvlm.generate import prefill
-from mlx_fastvlm.sampling import make_sampler
-from training import easy_vqa_data, prompts, scenes, text_pictures
+from mlx_fastvlm import load
+from mlx_fastvlm.benchmarks.easy_vqa import Asked, answers, exact_match, test_questions
+from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.processor import Processor
+from training import prompts, scenes, text_pictures
 
 # As in training.data, which needs torch.
 TEST_SEEDS = 2_000_000_000
-MAX_TOKENS = 64
-
-Asked = tuple[Image.Image, list[tuple[str, str]]]  # a picture, and (prompt, expected answer) pairs about it
-
-
-def easy_vqa_test() -> Iterable[Asked]:
-    """The official test set."""
-    images = easy_vqa_data.load_images("test")
-    return ((images[i], pairs) for i, pairs in sorted(easy_vqa_data.load_questions("test").items()))
 
 
 def unseen_scenes(count: int) -> Iterable[Asked]:
@@ -43,38 +33,13 @@ def unseen_texts(count: int) -> Iterable[Asked]:
     return ((text_pictures.render(picture), [(prompts.READ[1], picture.text)]) for picture in drawn)
 
 
-class Examiner:
-    """Asks a model and compares; an image is encoded once for all questions about it."""
-
-    def __init__(self, name: str):
-        self.model, self.processor = load(name)
-
-    def answer(self, rows, prompt: str) -> str:
-        cache = self.model.make_cache()
-        logits = prefill(self.model, self.model.embed(self.processor.tokenize(prompt, 1), rows), cache)
-        tokens = []
-        for token in generate_step(logits, self.model, cache, max_tokens=MAX_TOKENS, sampler=make_sampler()):
-            if token in self.processor.eos_token_ids:
-                break
-            tokens.append(token)
-        return self.processor.decode(tokens)
-
-    def exact_match(self, name: str, asked: Iterable[Asked]) -> dict:
-        """Share of questions answered exactly; prints the first few misses."""
-        right = total = 0
-        started = time.perf_counter()
-        for image, pairs in asked:
-            rows = self.model.encode_images(self.processor.preprocess(image))
-            for prompt, expected in pairs:
-                found = self.answer(rows, prompt)
-                right, total = right + (found == expected), total + 1
-                if found != expected and total - right <= 3:
-                    print(f"{name}: {prompt!r} expected {expected!r} got {found!r}", flush=True)
-        return {
-            "exact_match": round(right / total, 5),
-            "questions": total,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
+def examine(name: str, model: FastVLM, processor: Processor, asked: Iterable[Asked]) -> dict:
+    """Share of questions answered exactly; prints the first few misses."""
+    started = time.perf_counter()
+    answered = list(answers(model, processor, asked))
+    for question, expected, found in [item for item in answered if item[1] != item[2]][:3]:
+        print(f"{name}: {question!r} expected {expected!r} got {found!r}", flush=True)
+    return {**exact_match(answered), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def main() -> None:
@@ -83,12 +48,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="generated pictures of each kind (default 1000)")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON here")
     args = parser.parse_args()
-    examiner = Examiner(args.model)
-    report = {
-        "easy_vqa_test": examiner.exact_match("easy_vqa_test", easy_vqa_test()),
-        "scene_captions": examiner.exact_match("scene_captions", unseen_scenes(args.count)),
-        "read_text": examiner.exact_match("read_text", unseen_texts(args.count)),
+    model, processor = load(args.model)
+    tasks = {
+        "easy_vqa_test": test_questions(),
+        "scene_captions": unseen_scenes(args.count),
+        "read_text": unseen_texts(args.count),
     }
+    report = {name: examine(name, model, processor, asked) for name, asked in tasks.items()}
     print(json.dumps(report, indent=2))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")

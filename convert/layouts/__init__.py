@@ -18,7 +18,7 @@ from . import apple_export, fast_vlm, llava_qwen2, mlx_vlm
 from .layout import Layout
 from .tower import tower_alone
 
-__all__ = ["LAYOUTS", "KnownLayout", "Layout", "recognize", "tower_alone"]
+__all__ = ["LAYOUTS", "KnownLayout", "Layout", "candidates", "recognize", "tower_alone"]
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,30 @@ def recognize(tensors: Tensors, raw_config: dict[str, Any], folder: Path) -> Lay
         CheckpointError: no layout fits, or tensors are unknown to the one that does.
         ConfigError: config.json is incomplete, or describes what FastVLM is not.
     """
-    model_type = raw_config.get("model_type")
-    candidates = [known for known in LAYOUTS if model_type in known.model_types]
-    if not candidates:
-        raise CheckpointError(
-            f"config.json says model_type {model_type!r}, which is no FastVLM checkpoint; {_known_layouts()}"
-        )
     names = tensors.names()
-    for known in candidates:
+    for known in candidates(raw_config):
         if any(name.startswith(known.markers) for name in names):
             return known.present(tensors, raw_config, folder)
     found = ", ".join(sorted(names)[:4]) or "none"
     raise CheckpointError(
-        f"The tensors' names (such as {found}) are of no layout known for model_type {model_type!r}; {_known_layouts()}"
+        f"The tensors' names (such as {found}) are of no layout known for model_type {raw_config['model_type']!r}; "
+        f"{_known_layouts()}"
     )
+
+
+def candidates(raw_config: dict[str, Any]) -> list[KnownLayout]:
+    """The layouts that a config.json may be of, known before any weight is looked at.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
+    model_type = raw_config.get("model_type")
+    found = [known for known in LAYOUTS if model_type in known.model_types]
+    if not found:
+        raise CheckpointError(
+            f"config.json says model_type {model_type!r}, which is no FastVLM checkpoint; {_known_layouts()}"
+        )
+    return found
 
 
 def _known_layouts() -> str:

@@ -34,8 +34,8 @@ _NOT_QWEN2S_OWN = ("model_type", "architectures", "layer_types", "_name_or_path"
 def present(tensors: Tensors, raw_config: dict[str, Any], folder: Path) -> Layout:
     """Raises CheckpointError for unknown tensors, ConfigError for a config that is not FastVLM's."""
     processor = _image_processor(folder)
-    crops = processor is not None and processor.get("do_center_crop", True)
-    config = _config(raw_config, _image_size(processor), "crop" if crops else "pad")
+    crops = processor is not None and _crops(processor)
+    config = _config(raw_config, _image_size(processor or {}), "crop" if crops else "pad")
     notices = []
     if crops:
         notices.append(
@@ -137,11 +137,18 @@ def _refuse_normalization(settings: dict[str, Any], path: Path) -> None:
             raise ConfigError(f"{path} says {name} {values}; FastVLM uses {wanted} for every channel.")
 
 
-def _image_size(processor: dict[str, Any] | None) -> int:
+def _crops(processor: dict[str, Any]) -> bool:
+    """Whether it cuts out the middle. CLIP's processor does unless told otherwise; Llava's own can pad before that."""
+    return processor.get("do_center_crop", True) and not processor.get("do_pad", False)
+
+
+def _image_size(processor: dict[str, Any]) -> int:
     """Side of the square input in pixels; fast_vlm's config.json does not have it."""
-    settings = processor or {}
-    for name, key in (("crop_size", "height"), ("size", "shortest_edge"), ("size", "height")):
-        sizes = settings.get(name)
-        if isinstance(sizes, dict) and isinstance(sizes.get(key), int):
-            return sizes[key]
+    sizes = [("size", "shortest_edge"), ("size", "height")]
+    if processor.get("do_center_crop", True):
+        sizes.insert(0, ("crop_size", "height"))
+    for name, key in sizes:
+        size = processor.get(name)
+        if isinstance(size, dict) and isinstance(size.get(key), int):
+            return size[key]
     return VisionConfig.image_size

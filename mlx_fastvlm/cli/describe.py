@@ -69,7 +69,9 @@ def describe(
     ] = None,
     kv_bits: Annotated[
         int | None,
-        typer.Option(help="Hold keys and values in 2, 3, 4, 5, 6 or 8 bits: less memory.", show_default="no quantization"),
+        typer.Option(
+            help="Hold keys and values in 2, 3, 4, 5, 6 or 8 bits: less memory.", show_default="no quantization"
+        ),
     ] = None,
     revision: Revision = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times by stage and token rates to stderr.")] = False,

@@ -13,6 +13,7 @@ import typer
 from mlx_fastvlm.cli.terminal import DType, Revision, progress, say
 from mlx_fastvlm.errors import CheckpointError, OptionError
 
+
 class Layout(str, Enum):
     """What `convert --to` makes."""
 
@@ -43,7 +44,8 @@ def convert(
     destination: Destination,
     dtype: Annotated[DType | None, typer.Option(help="Type to store.", show_default="the checkpoint's")] = None,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", "-q", metavar="RECIPE", help="Quantize: see mlx-fastvlm quantize --help.")
+        str | None,
+        typer.Option("--quantize", "-q", metavar="RECIPE", help="Quantize: see mlx-fastvlm quantize --help."),
     ] = None,
     decoder: Decoder = None,
     embeddings: Embeddings = None,
@@ -84,7 +86,9 @@ def convert(
 
     parts = {"decoder": decoder, "embeddings": embeddings, "projector": projector, "vision_tower": vision}
     if quantize is None and any(parts.values()):
-        raise OptionError("--decoder, --embeddings, --projector and --vision change a recipe; give one with --quantize.")
+        raise OptionError(
+            "--decoder, --embeddings, --projector and --vision change a recipe; give one with --quantize."
+        )
     recipe = None if quantize is None else choose(quantize, **parts)
     origin = {"revision": revision, "base": base, "vision_tower": vision_tower, "dtype": dtype and dtype.value}
     with progress() as on_progress:
@@ -140,11 +144,71 @@ def quantize(
     _report(destination)
 
 
+def fidelity(
+    reference: Annotated[str, typer.Argument(help='The better model: folder, hub id, or "demo".')],
+    candidate: Annotated[str, typer.Argument(help="The model to judge by it, e.g. a quantized one.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to ask about; best your own.", show_default="generated ones")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Question; may be given again.", show_default="Describe this image.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Use at most so many of the folder's pictures.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
+    ] = None,
+    speed_rounds: Annotated[int, typer.Option(min=0, help="How often to time each model; 0 leaves speed out.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw size against agreement as a PNG.", show_default=False)
+    ] = None,
+    save_to_model: Annotated[
+        bool, typer.Option("--save-to-model", help="Keep the result in CANDIDATE's folder and its model card.")
+    ] = False,
+) -> None:
+    """Measure what a smaller model costs in quality: features, next-token agreement, perplexity, answers, speed.
+
+    Both models answer the same questions; the candidate is then led along the reference's answers and compared token by
+    token.
+
+    \b
+    mlx-fastvlm fidelity ./fastvlm-0.5b ./fastvlm-0.5b-int4 --images ./my-photos
+    mlx-fastvlm fidelity demo ./demo-int4 --plot size.png --save-to-model
+    """
+    from mlx_fastvlm.convert.model_card import write_card
+    from mlx_fastvlm.fidelity.command import run
+    from mlx_fastvlm.fidelity.report import format_fidelity
+
+    with progress() as on_progress:
+        result = run(
+            reference,
+            candidate,
+            images,
+            prompt,
+            max_images=max_images,
+            max_tokens=max_tokens,
+            dtype=dtype and dtype.value,
+            speed_rounds=speed_rounds,
+            json_path=json_file,
+            plot_path=plot,
+            save_to_model=save_to_model,
+            on_progress=on_progress,
+        )
+    if save_to_model:
+        write_card(Path(candidate), Path(candidate).resolve().name)
+    say(format_fidelity(result))
+
+
 def verify(
     model: Annotated[str, typer.Argument(help='Converted folder, hub id, or "demo".')],
     source: Annotated[
         str | None,
-        typer.Option(help="Checkpoint it was made from: fold it again and compare.", show_default="as recorded, if here"),
+        typer.Option(
+            help="Checkpoint it was made from: fold it again and compare.", show_default="as recorded, if here"
+        ),
     ] = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

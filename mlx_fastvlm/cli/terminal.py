@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlx_fastvlm.model import FastVLM
     from mlx_fastvlm.processor import Processor
 
+_FEWEST_BYTES = 100_000  # a total below it counts steps: no model is that small
+
 
 class DType(str, Enum):
     float16 = "float16"
@@ -71,23 +73,32 @@ def _advise_on_speed(dtype: mx.Dtype) -> None:
 @contextmanager
 def progress() -> Iterator[OnProgress]:
     """A progress line on stderr that appears when there is something to report."""
-    bar = task = None
+    bar = None
+    tasks: dict[str, int] = {}
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal bar, task
+        nonlocal bar
         if bar is None:
             # Imported on first use: most commands report nothing, and rich takes 50 ms.
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-            bar = Progress(*columns, console=Console(stderr=True))
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+            bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             bar.start()
-            task = bar.add_task(what, total=total)
-        bar.update(task, completed=done)
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total, amount="")
+        bar.update(tasks[what], completed=done, total=total, amount=_amount(done, total))
 
     try:
         yield report
     finally:
         if bar is not None:
             bar.stop()
+
+
+def _amount(done: int, total: int) -> str:
+    """What is done as people read it: few steps as steps, many as bytes."""
+    if total < _FEWEST_BYTES:
+        return f"{done}/{total}"
+    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB"

@@ -7,16 +7,15 @@ A tool of measurement, like the benchmarks whose stopwatch and tables it shares;
 """
 
 from mlx_fastvlm.fidelity.command import run
-from mlx_fastvlm.fidelity.measure import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, measure
+from mlx_fastvlm.fidelity.comparison import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, measure
 from mlx_fastvlm.fidelity.plot import plot_fidelity
-from mlx_fastvlm.fidelity.report import card_section, format_fidelity, read_fidelity, write_card_entry
+from mlx_fastvlm.fidelity.report import format_fidelity, read_fidelity, write_card_entry
 from mlx_fastvlm.fidelity.results import Fidelity
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
     "DEFAULT_PROMPTS",
     "Fidelity",
-    "card_section",
     "format_fidelity",
     "measure",
     "plot_fidelity",

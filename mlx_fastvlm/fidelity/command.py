@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.fidelity.measure import (
+from mlx_fastvlm.fidelity.comparison import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PROMPTS,
     DEFAULT_SPEED_ROUNDS,
@@ -40,18 +40,18 @@ def run(
     """Measure, and write what was asked for.
 
     Args:
-        reference, candidate, max_tokens, dtype, speed_rounds, on_progress: see `measure.measure`.
+        reference, candidate, max_tokens, dtype, speed_rounds, on_progress: see `comparison.measure`.
         images: folder with pictures; None takes the built-in ones.
         prompts: questions; None or none takes DEFAULT_PROMPTS.
         max_images: take this many pictures of the folder at most, the first by name.
         json_path: where to write the result.
         plot_path: where to draw it as a PNG.
-        save_to_model: also keep the result in the candidate's folder and in its model card.
+        save_to_model: also keep the result in the candidate's folder, for its model card.
 
     Raises:
         OptionError: an option is out of range, or nothing can be written where it should be. Known before measuring
             where it can be.
-        FastVLMError: see `measure.measure`.
+        FastVLMError: see `comparison.measure`.
     """
     if max_images < 1:
         raise OptionError(f"max_images is {max_images}; expected 1 or more.")
@@ -76,10 +76,7 @@ def run(
     if plot_path is not None:
         plot_fidelity([fidelity], plot_path)
     if home is not None:
-        from mlx_fastvlm.convert.model_card import write_card  # the converter is needed for nothing else here
-
         write_card_entry(fidelity, home)
-        write_card(home)
     return fidelity
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mlx_fastvlm.benchmarks.machine import machine_line
 from mlx_fastvlm.benchmarks.report import format_table, save_json
@@ -53,43 +51,9 @@ def read_fidelity(path: Path) -> Fidelity:
         CheckpointError: there is no such file, or it is something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); measure again.") from None
-    return _from_json(value, path)
-
-
-def card_section(measured: Mapping[str, Any]) -> str:
-    """The model card's section on fidelity, in Markdown.
-
-    Args:
-        measured: the content of fidelity.json.
-
-    Raises:
-        CheckpointError: it is something else.
-    """
-    fidelity = _from_json(measured, CARD_FILE)
-    table = [
-        f"| | {fidelity.reference.name} | this model | change |",
-        "|---|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in _cost_rows(fidelity)),
-    ]
-    quality = [f"- {name}: {value}" for name, value in _quality_lines(fidelity)]
-    return "\n\n".join(
-        [
-            f"## Fidelity\n\n{_what_was_asked(fidelity)}",
-            "\n".join(table),
-            "\n".join(quality),
-            f"Measured on {fidelity.machine['time'][:10]} on {machine_line(fidelity.machine)}.",
-        ]
-    )
-
-
-def _from_json(value: Any, name: object) -> Fidelity:
-    try:
-        return Fidelity.from_dict(value)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{name} is no fidelity result ({error!r}); measure again.") from None
+        return Fidelity.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no fidelity result ({error!r}); measure again.") from None
 
 
 def _what_was_asked(fidelity: Fidelity) -> str:
@@ -104,10 +68,6 @@ def _what_was_asked(fidelity: Fidelity) -> str:
 
 
 def _costs(fidelity: Fidelity) -> str:
-    return format_table(["", fidelity.reference.name, fidelity.candidate.name, "change"], _cost_rows(fidelity))
-
-
-def _cost_rows(fidelity: Fidelity) -> list[list[str]]:
     models = (fidelity.reference, fidelity.candidate)
     rows = [_row("weights on disk, MB", *(model.weight_bytes / 1e6 for model in models), digits=1)]
     if all(model.speed for model in models):
@@ -127,7 +87,7 @@ def _cost_rows(fidelity: Fidelity) -> list[list[str]]:
             digits=4,
         )
     )
-    return rows
+    return format_table(["", fidelity.reference.name, fidelity.candidate.name, "change"], rows)
 
 
 def _row(name: str, reference: float, candidate: float, digits: int) -> list[str]:
@@ -140,17 +100,11 @@ def _median(speed: Speed, field: str) -> float:
 
 
 def _quality(fidelity: Fidelity) -> str:
-    lines = _quality_lines(fidelity)
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-
-
-def _quality_lines(fidelity: Fidelity) -> list[tuple[str, str]]:
     tokens, answers = fidelity.next_token, fidelity.answers
     count = len(answers.first_divergences)
     same = sum(index is None for index in answers.first_divergences)
     parting = "" if same == count else f"; the others part at token {answers.median_divergence + 1:g} (median)"
-    return [
+    rows = [
         ("vision tower's features, cosine", _cosine(fidelity.tower_features)),
         ("image features, cosine", _cosine(fidelity.image_features)),
         (
@@ -160,6 +114,8 @@ def _quality_lines(fidelity: Fidelity) -> list[tuple[str, str]]:
         ("next token, top-1 agreement", f"{tokens.top1_agreement:.2%} of {tokens.positions} positions"),
         ("greedy answers", f"{same} of {count} the same{parting}"),
     ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def _cosine(cosine: Cosine | None) -> str:

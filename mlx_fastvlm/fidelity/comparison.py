@@ -23,7 +23,7 @@ from mlx_fastvlm.benchmarks.machine import describe_machine
 from mlx_fastvlm.benchmarks.picture import png_bytes
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError, OptionError
-from mlx_fastvlm.fidelity.compare import NextTokenTally, compare_answers, row_cosines, summarize_cosines
+from mlx_fastvlm.fidelity.arithmetic import NextTokenTally, compare_answers, row_cosines, summarize_cosines
 from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, write_generated
 from mlx_fastvlm.fidelity.results import Cosine, Fidelity, ModelFacts, with_speed
 from mlx_fastvlm.fidelity.stopwatch import SPEED_TOKENS, time_in_turns
@@ -64,7 +64,7 @@ def measure(
         max_tokens: longest answer in tokens.
         dtype: type to compute in, for both; see `load`.
         speed_rounds: processes per model for memory and speed; 0 leaves these out.
-        on_progress: told how far the work is.
+        on_progress: told how far the work is, a conversion included.
 
     Raises:
         OptionError: the two cannot be compared, there is nothing to ask, or the disk has no room for the reference's
@@ -73,7 +73,7 @@ def measure(
     """
     _check_options(images, prompts, max_tokens, speed_rounds)
     report = on_progress or (lambda what, done, total: None)
-    folders = {"reference": resolve_model(reference), "candidate": resolve_model(candidate)}
+    folders = {"reference": resolve_model(reference, None, report), "candidate": resolve_model(candidate, None, report)}
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as name:
         work = Path(name)
         pictures = write_generated(work, NUM_GENERATED) if images is None else list(images)

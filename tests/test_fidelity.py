@@ -1,0 +1,335 @@
+"""A comparison of two models says what an independent computation on their logits says, and nothing for equal ones."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_fastvlm import load
+from mlx_fastvlm.benchmarks import quantization_docs
+from mlx_fastvlm.errors import CheckpointError, OptionError
+from mlx_fastvlm.fidelity import (
+    Fidelity,
+    arithmetic,
+    comparison,
+    format_fidelity,
+    measure,
+    pictures,
+    plot_fidelity,
+    read_fidelity,
+    run,
+    write_card_entry,
+)
+from mlx_fastvlm.fidelity.results import Answers
+from tests.conftest import GOLDEN
+
+ROOT = Path(__file__).parent.parent
+PICTURE = GOLDEN / "images" / "landscape.png"
+PROMPTS = ("Describe this image.", "What is written?")
+MAX_TOKENS = 6
+
+
+def changed_copy(folder: Path, destination: Path, change, **config) -> Path:
+    """A converted folder with `change`d weights (name, array → array) and other entries in config.json."""
+    destination.mkdir()
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            (destination / path.name).write_bytes(path.read_bytes())
+    weights = mx.load(str(folder / "model.safetensors"))
+    changed = {name: change(name, array) for name, array in weights.items()}
+    mx.save_safetensors(str(destination / "model.safetensors"), changed)
+    raw = json.loads((destination / "config.json").read_text())
+    (destination / "config.json").write_text(json.dumps({**raw, **config}))
+    return destination
+
+
+@pytest.fixture(scope="module")
+def reference(converted_folder):
+    return converted_folder("inference")
+
+
+@pytest.fixture(scope="module")
+def noisy(reference, tmp_path_factory):
+    """The reference with a tenth of each weight's spread added as noise, fixed by a seed."""
+    random = np.random.Generator(np.random.PCG64(5))
+
+    def disturb(name, array):
+        values = np.array(array)
+        return mx.array(values + random.normal(0, 0.1 * values.std() + 1e-9, values.shape).astype(values.dtype))
+
+    return changed_copy(reference, tmp_path_factory.mktemp("noisy") / "noisy", disturb)
+
+
+@pytest.fixture(scope="module")
+def compared(reference, noisy):
+    return measure(reference, noisy, [PICTURE], PROMPTS, max_tokens=MAX_TOKENS, speed_rounds=0)
+
+
+def test_a_model_is_faithful_to_itself(reference):
+    found = measure(reference, reference, None, max_tokens=3, speed_rounds=0)
+    assert (found.tower_features.worst, found.image_features.worst) == (1.0, 1.0)
+    assert (found.next_token.kl_max, found.next_token.top1_agreement) == (0.0, 1.0)
+    assert found.next_token.perplexity_change == 0.0
+    assert (found.answers.identical, found.answers.median_divergence) == (1.0, None)
+    assert (found.size_ratio, found.num_images, found.pictures) == (1.0, pictures.NUM_GENERATED, "generated")
+
+
+def test_a_noisy_model_is_as_far_off_as_its_logits_are(reference, noisy, compared):
+    (model, processor), (other, _) = load(reference), load(noisy)
+    pixels = processor.preprocess(PICTURE)
+    tower = [np.array(subject.vision_tower(pixels)[0], np.float64) for subject in (model, other)]
+    rows = [subject.encode_images(pixels) for subject in (model, other)]
+    divergences, agreements, scores, answered = [], [], ([], []), []
+    for prompt in PROMPTS:
+        input_ids = processor.tokenize(prompt, 1)
+        # Without a cache: the whole sequence again for every token.
+        answers = [
+            greedy(subject, input_ids, seen, processor) for subject, seen in zip((model, other), rows, strict=True)
+        ]
+        answered.append(answers)
+        p, q = (
+            log_softmax(np.array(subject([*input_ids, *answers[0]], seen)[0, -len(answers[0]) - 1 : -1], np.float64))
+            for subject, seen in zip((model, other), rows, strict=True)
+        )
+        divergences += list((np.exp(p) * (p - q)).sum(axis=1))
+        agreements += list(p.argmax(axis=1) == q.argmax(axis=1))
+        for score, logprobs in zip(scores, (p, q), strict=True):
+            score += [logprobs[i, token] for i, token in enumerate(answers[0])]
+
+    found = compared.next_token
+    assert found.positions == len(divergences)
+    assert found.kl_mean == pytest.approx(np.mean(divergences), rel=1e-3)
+    assert found.kl_median == pytest.approx(np.median(divergences), rel=1e-3)
+    assert found.kl_max == pytest.approx(max(divergences), rel=1e-3)
+    assert max(divergences) > 1e-4
+    assert found.top1_agreement == np.mean(agreements)
+    assert found.reference_perplexity == pytest.approx(np.exp(-np.mean(scores[0])), rel=1e-4)
+    assert found.candidate_perplexity == pytest.approx(np.exp(-np.mean(scores[1])), rel=1e-4)
+    for cosine, pair in ((compared.tower_features, tower), (compared.image_features, [np.array(r[0]) for r in rows])):
+        expected = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*pair, strict=True)]
+        assert cosine.mean == pytest.approx(np.mean(expected), abs=1e-6)
+        assert cosine.worst == pytest.approx(min(expected), abs=1e-6)
+        assert cosine.worst < 0.9999
+    parted = tuple(
+        next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None) for one, two in answered
+    )
+    assert compared.answers.first_divergences == parted
+
+
+def greedy(model, input_ids, rows, processor):
+    tokens = []
+    while len(tokens) < MAX_TOKENS and not (tokens and tokens[-1] in processor.eos_token_ids):
+        tokens.append(int(mx.argmax(model([*input_ids, *tokens], rows)[0, -1]).item()))
+    return tokens
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def test_measuring_again_finds_the_same(reference, noisy, compared):
+    again = measure(reference, noisy, [PICTURE], PROMPTS, max_tokens=MAX_TOKENS, speed_rounds=0)
+    assert (again.next_token, again.image_features, again.answers) == (
+        compared.next_token,
+        compared.image_features,
+        compared.answers,
+    )
+
+
+def test_cosines_count_rows_by_direction_alone():
+    rows = np.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    others = np.array([[6.0, 8.0], [0.0, -2.0], [0.0, 0.0], [1.0, 0.0], [-1.0, -1.0]])
+    np.testing.assert_array_equal(arithmetic.row_cosines(rows, others), [1, 0, 1, 0, -1])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "first"), [([1, 2], [1, 2], None), ([1, 2, 3], [1, 4, 3], 1), ([1, 2, 3], [1, 2], 2), ([], [1], 0)]
+)
+def test_answers_part_at_the_first_different_token(one, other, first):
+    assert arithmetic.first_divergence(one, other) == first
+
+
+@pytest.mark.parametrize(
+    ("divergences", "identical", "median"),
+    [((None, None), 1.0, None), ((4, None, 1, 2), 0.25, 2), ((4, 1), 0.0, 2.5)],
+)
+def test_the_median_divergence_is_of_the_answers_that_differ(divergences, identical, median):
+    assert (Answers(divergences).identical, Answers(divergences).median_divergence) == (identical, median)
+
+
+def test_each_model_is_timed_alone_and_in_turns(reference, noisy):
+    steps = []
+    found = measure(
+        reference, noisy, [PICTURE], max_tokens=2, speed_rounds=2, on_progress=lambda *step: steps.append(step)
+    )
+    for facts in (found.reference, found.candidate):
+        assert len(facts.speed.ttft_s.samples) == 2
+        assert facts.speed.ttft_s.median == pytest.approx(np.median(facts.speed.ttft_s.samples))
+        assert facts.speed.decode_tps.median > 0
+        # Loading counts: the weights were all there at once.
+        assert facts.speed.peak_rss_bytes.median > facts.speed.peak_mlx_bytes.median > facts.weight_bytes
+    assert steps[-1] == ("timing", 4, 4)
+    assert "decoding, tok/s" in format_fidelity(found)
+    assert Fidelity.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_the_result_survives_json_and_the_candidates_folder(compared, noisy, tmp_path):
+    assert Fidelity.from_dict(json.loads(json.dumps(compared.to_dict()))) == compared
+    path = write_card_entry(compared, noisy)
+    try:
+        assert path == noisy / "fidelity.json"
+        assert read_fidelity(path) == compared
+    finally:
+        path.unlink()
+    assert str(noisy.parent) not in json.dumps(compared.to_dict())
+
+
+def test_the_table_names_both_models_and_the_pictures(compared, reference, noisy):
+    text = format_fidelity(compared)
+    assert text.startswith(f"{noisy.name} against {reference.name}: 1 pictures")
+    assert f"{compared.next_token.kl_mean:.2e}" in text
+    assert "generated" not in text
+
+
+def test_run_writes_what_it_is_asked_for_and_nothing_else(reference, noisy, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("b.png", "a.png", "c.png"):
+        (tmp_path / "images" / name).write_bytes(PICTURE.read_bytes())
+    (tmp_path / "images" / "notes.txt").write_text("no picture")
+    copy = changed_copy(noisy, tmp_path / "copy", lambda name, array: array)
+    found = run(
+        str(reference),
+        str(copy),
+        tmp_path / "images",
+        max_images=2,
+        max_tokens=2,
+        speed_rounds=0,
+        json_path=tmp_path / "out" / "result.json",
+        save_to_model=True,
+    )
+    assert (found.num_images, found.pictures) == (2, "own")
+    assert read_fidelity(tmp_path / "out" / "result.json") == read_fidelity(copy / "fidelity.json") == found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "images", "out"]
+
+
+def test_a_plot_is_a_png_of_all_results(compared, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = plot_fidelity([compared, compared], tmp_path / "new" / "plot.png")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in path.parent.iterdir()] == ["plot.png"]
+    with pytest.raises(OptionError, match="no fidelity results"):
+        plot_fidelity([], tmp_path / "empty.png")
+
+
+def test_without_matplotlib_a_plot_is_refused_before_the_measurement(reference, noisy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("mlx_fastvlm.fidelity.command.measure", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(OptionError, match=r"pip install 'mlx-fastvlm\[plot\]'"):
+        run(str(reference), str(noisy), plot_path=tmp_path / "plot.png")
+
+
+def test_models_that_cannot_be_compared_are_refused(reference, tmp_path):
+    def same(name, array):
+        return array
+
+    def smaller_picture(folder):
+        path = folder / "preprocessor_config.json"
+        raw = json.loads(path.read_text())
+        raw |= {"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}}
+        path.write_text(json.dumps(raw))
+
+    def other_words(folder):
+        path = folder / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        vocabulary = raw["model"]["vocab"]
+        first, second = list(vocabulary)[:2]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(raw))
+
+    for number, (change, message) in enumerate(
+        [(smaller_picture, "pictures of 256 and 128 pixels"), (other_words, "tokenizers differ")]
+    ):
+        folder = changed_copy(reference, tmp_path / str(number), same)
+        change(folder)
+        with pytest.raises(OptionError, match=message):
+            measure(reference, folder, [PICTURE], max_tokens=2, speed_rounds=0)
+    wider = changed_copy(reference, tmp_path / "wider", same, vocab_size=10_000)
+    with pytest.raises(OptionError, match="vocabularies have"):
+        measure(reference, wider, [PICTURE], max_tokens=2, speed_rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": []}, "no images"),
+        ({"prompts": ()}, "no prompts"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"speed_rounds": -1}, "speed_rounds is -1"),
+        ({"max_tokens": 10**6}, "the context holds"),
+    ],
+)
+def test_options_out_of_range_are_one_line(reference, options, message):
+    with pytest.raises(OptionError, match=message) as caught:
+        measure(reference, reference, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_known_before_the_models_are_asked(reference, monkeypatch):
+    monkeypatch.setattr(comparison.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OptionError, match="set TMPDIR"):
+        measure(reference, reference, [PICTURE], speed_rounds=0)
+
+
+def test_broken_weights_are_named(reference, tmp_path):
+    def break_one(name, array):
+        return array * float("nan") if name == "language_model.norm.weight" else array
+
+    broken = changed_copy(reference, tmp_path / "broken", break_one)
+    with pytest.raises(CheckpointError, match="broken gives logits that are no finite numbers"):
+        measure(reference, broken, [PICTURE], max_tokens=2, speed_rounds=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"images": "nowhere"}, {"images": "{empty}"}, {"max_images": 0}, {"json_path": "{empty}"}]
+)
+def test_run_refuses_what_it_cannot_do(reference, options, tmp_path):
+    places = {
+        name: Path(str(value).format(empty=tmp_path)) for name, value in options.items() if isinstance(value, str)
+    }
+    with pytest.raises(OptionError):
+        run(str(reference), str(reference), **{**options, **places})
+
+
+def test_a_result_is_not_kept_in_the_package_or_the_cache(reference):
+    with pytest.raises(OptionError, match="not the folder of a converted model"):
+        run(str(reference), "demo", save_to_model=True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "next_token": 3}'])
+def test_a_file_that_is_no_result_is_refused(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(CheckpointError, match="measure again"):
+        read_fidelity(tmp_path / "x.json")
+
+
+def test_generated_pictures_are_many_and_always_the_same(tmp_path):
+    drawn = [pictures.draw(index) for index in range(pictures.NUM_GENERATED)]
+    for index, picture in enumerate(drawn):
+        assert picture.dtype == np.uint8 and picture.shape[2] == 3
+        assert picture.std() > 5
+        np.testing.assert_array_equal(picture, pictures.draw(index))
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)
+    assert [path.name for path in pictures.write_generated(tmp_path, 2)] == ["generated-0.png", "generated-1.png"]
+
+
+def test_the_page_on_quantization_is_what_the_saved_results_render_to():
+    results = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("quantization", "quantization-0.5b")
+    }
+    page = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    assert quantization_docs.fill_docs(page, results) == page
