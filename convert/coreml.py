@@ -60,9 +60,9 @@ def read_tower(mlpackage: Path, config: dict[str, Any]) -> Tensors:
         raise CheckpointError(
             f"{mlpackage} does not hold FastViTHD as Apple exports it ({error}); convert {instead} instead."
         ) from None
-    except ImportError:
+    except ImportError as error:
         raise CheckpointError(
-            f"{mlpackage} needs coremltools: pip install 'mlx-fastvlm[coreml]', or convert {instead} instead."
+            f"{mlpackage} needs coremltools ({error}): pip install 'mlx-fastvlm[coreml]', or convert {instead} instead."
         ) from None
 
 

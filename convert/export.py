@@ -108,7 +108,8 @@ def export(
         _refuse_other_towers(config.vision_config)
     stored, shapes = _read(folder, config, source)
     target = _TARGETS[layout]
-    view = Unfolded(stored, target.tensors(config, shapes))
+    exported = target.tensors(config, shapes)
+    view = Unfolded(stored, exported)
     dtype = dtype or _DTYPE_NAMES[stored.dtype("language_model.norm.weight")]
     specs = {name: (view.shape(name), _stored_type(view, name, dtype)) for name in view.names()}
     check_room(destination.absolute().parent, stored_bytes(specs))
@@ -122,7 +123,8 @@ def export(
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, aside / name)
         write_json(aside / "config.json", _config_for(layout, raw_config, config, dtype))
-        notices = [] if CLIP_HEAD in shapes else [target.without_clip_head]
+        has_clip_head = any(tensor.parameter == CLIP_HEAD for tensor in exported)
+        notices = [] if has_clip_head else [target.without_clip_head]
         write_json(aside / RECORD, _record(folder, layout, dtype, notices))
     return destination
 

@@ -85,14 +85,14 @@ def mlx_vlm_tensors(config: FastVLMConfig, shapes: Shapes) -> list[Exported]:
     Kernels stay (O, k, k, C/groups), which its loader recognizes by the stem's depthwise 3×3. It demands CLIP's head
     although nothing reads it: without one, zeros stand there.
     """
+    head = (config.vision_config.hidden_size, CLIP_HEAD_WIDTH)
     found = [
         replace(_channels_last(tensor), name=_mlx_vlm_name(tensor.name))
         for tensor in hub_tensors(config, shapes)
-        if not tensor.is_counter
+        if not tensor.is_counter and tensor.name != CLIP_HEAD
     ]
-    if CLIP_HEAD in shapes:
-        return found
-    return [*found, Exported(_mlx_vlm_name(CLIP_HEAD), (config.vision_config.hidden_size, CLIP_HEAD_WIDTH))]
+    parameter = CLIP_HEAD if shapes.get(CLIP_HEAD) == head else None
+    return [*found, Exported(_mlx_vlm_name(CLIP_HEAD), head, parameter)]
 
 
 class Unfolded:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx.utils import tree_flatten
+
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.quantization import Storage
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
+_NORM = "language_model.norm.weight"  # never quantized: its type is the model's
 _PARTS = ("vision_tower", "mm_projector", "language_model")
 
 
@@ -18,7 +23,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     """Facts about a converted model.
 
     Returns:
-        folder, bytes on disk, dtype, parameters by part and in all, image size and rows, sizes of tower and decoder,
+        folder, bytes on disk, dtype, quantization (None if there is none), parameters by part and in all, image size and rows, sizes of tower and decoder,
         and conversion.json's content as `provenance` (None if there is none).
 
     Raises:
@@ -27,16 +32,22 @@ def describe_model(folder: Path) -> dict[str, Any]:
     config = FastVLMConfig.from_folder(folder)
     weights = SafetensorsFile(folder / "model.safetensors")
     parameters = dict.fromkeys(_PARTS, 0)
-    for name in weights.names():
-        part = name.partition(".")[0]
-        if part not in parameters:
-            raise CheckpointError(f"{weights.path} holds {name}, which is no part of FastVLM; convert the model again.")
-        parameters[part] += math.prod(weights.shape(name))
+    strange = [name for name in weights.names() if name.partition(".")[0] not in parameters]
+    if strange:
+        raise CheckpointError(
+            f"{weights.path} holds {strange[0]}, which is no part of FastVLM; convert the model again."
+        )
+    if _NORM not in weights:
+        raise CheckpointError(f"{weights.path} lacks {_NORM}; convert the model again.")
+    # Counted before any quantization: packed weights are fewer numbers than they stand for.
+    for name, array in tree_flatten(FastVLM(replace(config, quantization=None)).parameters()):
+        parameters[name.partition(".")[0]] += array.size
     vision, text = config.vision_config, config.text_config
     return {
         "folder": str(folder),
         "bytes": weights.path.stat().st_size,
-        "dtype": weights.dtype(weights.names()[0]),
+        "dtype": weights.dtype(_NORM),
+        "quantization": None if config.quantization is None else config.quantization.to_dict(),
         "parameters": {**parameters, "total": sum(parameters.values())},
         "image_size": vision.image_size,
         "image_tokens": vision.num_image_tokens,
@@ -90,6 +101,10 @@ def format_model_info(facts: dict[str, Any]) -> str:
         ),
         ("parameters", _millions(parameters["total"])),
     ]
+    if facts["quantization"]:
+        parts = facts["quantization"]["parts"].items()
+        chosen = "; ".join(f"{part} {Storage(**storage)}" for part, storage in parts if storage)
+        lines.append(("quantized", f"{facts['quantization']['recipe']}: {chosen}"))
     record = facts["provenance"]
     if record:
         revision = f" at {record['revision']}" if record["revision"] else ""

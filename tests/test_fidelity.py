@@ -1,4 +1,7 @@
-"""A comparison of two models says what an independent computation on their logits says, and nothing for equal ones."""
+"""A comparison of two models says what an independent computation on their logits says; equal ones are equal.
+
+The benchmark of quantization is here too: it is made of such comparisons.
+"""
 
 import json
 import sys
@@ -8,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_fastvlm import load
-from mlx_fastvlm.benchmarks import quantization_docs
+from mlx_fastvlm import generate, load
+from mlx_fastvlm.benchmarks import easy_vqa, quantization, quantization_docs
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.fidelity import (
     Fidelity,
@@ -326,6 +329,75 @@ def test_generated_pictures_are_many_and_always_the_same(tmp_path):
     assert [path.name for path in pictures.write_generated(tmp_path, 2)] == ["generated-0.png", "generated-1.png"]
 
 
+def test_batched_answers_are_those_asked_one_by_one(tiny):
+    model, processor = tiny
+    asked = [
+        (GOLDEN / "images" / name, [(question, "") for question in ("What?", "What is it?", "Why?")])
+        for name in ("landscape.png", "square.png")
+    ]
+    alone = {
+        (question, generate(model, processor, question, image=image, max_tokens=easy_vqa.MAX_TOKENS))
+        for image, pairs in asked
+        for question, _ in pairs
+    }
+    together = [(question, found) for question, _, found in easy_vqa.answers(model, processor, asked)]
+    assert len(together) == 6
+    assert set(together) == alone
+
+
+def test_exact_match_is_the_share_of_whole_answers():
+    answered = [("a?", "yes", "yes"), ("b?", "no", "no, never"), ("c?", "red", "red"), ("d?", "teal", "")]
+    assert easy_vqa.exact_match(answered) == {"exact_match": 0.5, "questions": 4}
+
+
+def run_benchmark(capsys, *arguments):
+    quantization.main([str(argument) for argument in arguments])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_benchmark_measures_each_recipe_on_the_demo_model(capsys, monkeypatch):
+    pytest.importorskip("easy_vqa")
+    monkeypatch.setattr(quantization, "NUM_GENERATED", 1)
+    monkeypatch.setattr(quantization, "FIDELITY_PROMPTS", ("Describe this image.",))
+    result = run_benchmark(capsys, "--limit", 2, "--recipes", "int8", "float32")
+    stored, int8, float32 = result["models"]
+    assert [model["recipe"] for model in result["models"]] == ["as embedded", "int8", "float32"]
+    assert stored["easy_vqa_test"]["exact_match"] > 0.9
+    assert stored["bits_per_weight"] == 16
+    assert 8 < int8["bits_per_weight"] < 12
+    assert int8["fidelity"]["size_ratio"] < 0.7
+    assert 0 < int8["fidelity"]["next_token"]["kl_mean"] < 0.01
+    # The same values in a wider type, computed in the same type.
+    assert float32["fidelity"]["next_token"]["kl_max"] == 0
+    assert float32["fidelity"]["size_ratio"] == pytest.approx(2, abs=0.05)
+
+
+def test_the_benchmark_measures_size_and_speed_of_any_model(capsys, reference, tmp_path):
+    result = run_benchmark(
+        capsys, "--full-size", reference, "--recipes", "bfloat16", "--image", PICTURE, "--repeat", 1, "--work", tmp_path
+    )
+    stored, halved = result["models"]
+    assert result["dtype"] == "float32"
+    assert halved["weight_bytes"] == pytest.approx(stored["weight_bytes"] / 2, rel=0.1)
+    assert all(model["decode_tps"]["median"] > 0 for model in result["models"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipes", "int9"], "There is no recipe int9"),
+        (["--docs", "page.md"], "measure first, with --save"),
+        (["--full-size", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_the_benchmark_cannot_do_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        quantization.main(arguments)
+    assert message in (capsys.readouterr().err or str(stop.value.code)).splitlines()[-1]
+
+
 def test_the_page_on_quantization_is_what_the_saved_results_render_to():
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
@@ -333,3 +405,8 @@ def test_the_page_on_quantization_is_what_the_saved_results_render_to():
     }
     page = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
     assert quantization_docs.fill_docs(page, results) == page
+    changed = json.loads(json.dumps(results))
+    changed["quantization"]["models"][0]["easy_vqa_test"]["exact_match"] = 0.1234
+    assert "12.34%" in quantization_docs.fill_docs(page, changed)
+    with pytest.raises(ValueError, match="begin demo"):
+        quantization_docs.fill_docs(page.replace("<!-- begin demo -->", ""), results)

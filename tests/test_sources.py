@@ -271,6 +271,7 @@ BAD_SAFETENSORS = {
     "nothing": b"",
     "half a length": b"\0\0\0",
     "a header of 2^63 bytes": raw_safetensors({}, length=2**63),
+    "a header of 2^40 bytes": raw_safetensors({}, length=2**40),
     "a header longer than the file": raw_safetensors({}, length=1000),
     "no JSON": raw_safetensors(b"{nope"),
     "no UTF-8": raw_safetensors(b'{"\xff": 1}'),

@@ -7,7 +7,6 @@ vocabulary) waits in a temporary folder until the candidate has been asked the s
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from mlx_fastvlm.benchmarks.command import DEFAULT_PROMPT
 from mlx_fastvlm.benchmarks.machine import describe_machine
 from mlx_fastvlm.benchmarks.picture import png_bytes
 from mlx_fastvlm.config import FastVLMConfig
+from mlx_fastvlm.convert.record import read_record
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.fidelity.arithmetic import NextTokenTally, compare_answers, row_cosines, summarize_cosines
 from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, write_generated
@@ -299,9 +299,7 @@ def _check_room(work: Path, reference: Path, positions: int) -> None:
 def _model_facts(model: str | os.PathLike[str], folder: Path, dtype: str) -> ModelFacts:
     path = Path(model).expanduser()
     quantization = FastVLMConfig.from_folder(folder).quantization
-    record = {}
-    if (folder / "conversion.json").exists():
-        record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+    record = read_record(folder)
     provenance = {key: record[key] for key in _PROVENANCE if key in record}
     if Path(provenance.get("source") or "").is_absolute():
         provenance["source"] = Path(provenance["source"]).name  # where it lay concerns nobody else

@@ -68,9 +68,12 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
         megabytes, percent = [size / 1e6 for size in sizes], [100 * agreement for agreement in agreements]
         axes.scatter(megabytes, percent, marker=marker, label=label)
         for name, x, y in zip(names, megabytes, percent, strict=True):
-            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    largest = max(size for _, size, _ in [*references, *candidates]) / 1e6
-    axes.set_xlim(0, largest * 1.2)  # room for the last name
+            axes.annotate(name, (x, y), xytext=(3, 5), textcoords="offset points", fontsize=8, rotation=45)
+    _, sizes, agreements = zip(*references, *candidates, strict=True)
+    lowest = 100 * min(agreements)
+    room = 0.2 * max(100 - lowest, 1)
+    axes.set_xlim(0, max(sizes) / 1e6 * 1.15)
+    axes.set_ylim(lowest - room / 2, 100 + room)
     axes.set_xlabel("weights on disk, MB")
     axes.set_ylabel("top-1 agreement with the reference, %")
     axes.grid(alpha=0.3)
