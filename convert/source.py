@@ -14,7 +14,7 @@ from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
 from mlx_fastvlm.loading import FORMAT_KEY, as_path
 
-from .archive import Folder, check_inside, open_source
+from .archive import Folder, open_source
 from .checkpoint import Checkpoint
 from .key_map import TOWER
 from .layouts import candidates, recognize, tower_alone
@@ -75,7 +75,14 @@ def opened(
         yield found
 
 
-def _open(stack: ExitStack, source: PathLike, destination: Path, revision: str | None, base: PathLike | None) -> Source:
+def _open(
+    stack: ExitStack,
+    source: PathLike,
+    destination: Path,
+    revision: str | None,
+    base: PathLike | None,
+    is_base: bool = False,
+) -> Source:
     path = as_path(source)
     if not path.exists():
         if not is_hub_id(str(source)):
@@ -86,10 +93,11 @@ def _open(stack: ExitStack, source: PathLike, destination: Path, revision: str |
         raise OptionError(f"Source and destination are the same folder, {path}.")
     folder = stack.enter_context(open_source(path, destination))
     if is_adapter(folder):
+        if is_base:
+            raise CheckpointError(f"{path} is an adapter too; merge it into its base first, and name that with --base.")
         return _adapted(stack, folder, str(source), destination, base)
     if base is not None:
         raise OptionError(f"{source} is a whole model; --base is for adapters.")
-    check_inside(folder.path, folder.path / "config.json")
     raw_config = read_config_dict(folder.path)
     if FORMAT_KEY in raw_config:
         raise CheckpointError(
@@ -106,7 +114,7 @@ def _adapted(stack: ExitStack, folder: Folder, name: str, destination: Path, bas
     base = base or adapter.base_model_name_or_path
     if not base:
         raise CheckpointError(f"{name} does not say what it adapts; name the base model with --base.")
-    model = _open(stack, base, destination, None, None)
+    model = _open(stack, base, destination, None, None, is_base=True)
     return replace(
         model,
         name=f"{name} on {model.name}",

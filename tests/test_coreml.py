@@ -13,9 +13,10 @@ from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.checkpoint import Checkpoint
 from mlx_fastvlm.convert.coreml import read_tower
-from mlx_fastvlm.convert.key_map import TOWER, tower_sites
+from mlx_fastvlm.convert.key_map import tower_sites
 from mlx_fastvlm.convert.tensors import row_blocks
 from mlx_fastvlm.errors import CheckpointError
+from tests.reference.layouts import write_apple_export
 from tests.tolerances import FEATURES, relative_error
 
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -81,19 +82,17 @@ def test_tensors_are_read_by_rows(package, hub_folder):
         assert mx.array_equal(mx.concatenate([rows for _, rows in row_blocks(found, name, 512)]), whole).item(), name
 
 
-def test_features_are_the_towers(package, tower, hub_folder, golden_pixels, tmp_path):
-    """A checkpoint whose tower is the package's, through the converter and the model, against the traced module."""
+@pytest.mark.parametrize("precision", ["FLOAT32", "FLOAT16"])
+def test_apples_export_with_its_package_converts(precision, package, tower, hub_folder, golden_pixels, tmp_path):
+    """Through the converter and the model, against the torch module that was exported."""
     import torch
 
-    source = shutil.copytree(hub_folder("inference"), tmp_path / "source")
-    weights = {name: array for name, array in mx.load(str(source / "model.safetensors")).items() if TOWER not in name}
-    found = read_tower(package("FLOAT16"), read_config(source))
-    weights |= {name: found[name].astype(mx.float32) for name in found.names()}
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-    model, _ = load(convert(source, tmp_path / "ours", dtype="float32"), dtype="float32")
+    export = write_apple_export(hub_folder("inference"), tmp_path / "export")
+    shutil.copytree(package(precision), export / "fastvithd.mlpackage")
+    model, _ = load(convert(export, tmp_path / "ours", dtype="float32"), dtype="float32")
     with torch.inference_mode():
         wanted = tower(torch.from_numpy(np.ascontiguousarray(golden_pixels.transpose(0, 3, 1, 2))))
-    assert relative_error(model.vision_tower(mx.array(golden_pixels)), wanted) < FEATURES["float16"]
+    assert relative_error(model.vision_tower(mx.array(golden_pixels)), wanted) < FEATURES[precision.lower()]
 
 
 def test_another_graph_is_refused(package, hub_folder, tmp_path):

@@ -53,7 +53,7 @@ def convert(
     vision: Vision = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Model that an adapter is merged into.", show_default="the one the adapter names"),
+        typer.Option(help="Model that an adapter (or mm_projector.bin) is merged into.", show_default="the one it names"),
     ] = None,
     vision_tower: Annotated[
         str | None,
@@ -247,7 +247,8 @@ def _report(folder: Path) -> None:
     if notes.get("quantization"):
         line += f", {notes['quantization']['recipe']}: {notes['quantization']['bits_per_weight']:.2f} bits per weight"
     if "self_check" in notes:
-        line += f"; folding differs from the checkpoint by at most {notes['self_check']['max_relative_error']:.0e} (relative)"
+        error = notes["self_check"]["max_relative_error"]
+        line += f"; folding differs from the checkpoint by at most {error:.0e} (relative)" if error else "; folding is exact"
     say(f"{line}.")
 
 
