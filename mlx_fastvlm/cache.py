@@ -67,7 +67,7 @@ class QuantizedKVCache:
     """Keys and values quantized in affine mode along head_dim, each position when it comes; see `Cache`.
 
     Args:
-        bits: per number.
+        bits: per number, one of KV_BITS.
         head_dim: width of a head, a multiple of 32.
 
     Raises:
@@ -75,8 +75,6 @@ class QuantizedKVCache:
     """
 
     def __init__(self, bits: int, head_dim: int) -> None:
-        if bits not in KV_BITS:
-            raise OptionError(f"kv_bits is {bits}; expected one of {', '.join(map(str, KV_BITS))}.")
         if head_dim % 32:
             raise OptionError(f"kv_bits needs heads of a multiple of 32 channels; this model's have {head_dim}.")
         self._how = {"group_size": 64 if head_dim % 64 == 0 else 32, "bits": bits}

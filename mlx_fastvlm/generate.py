@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_fastvlm.cache import Cache
+from mlx_fastvlm.cache import KV_BITS, Cache
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.image_processing import ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
@@ -149,7 +149,13 @@ def stream_generate(
         OptionError, ImageError: on the first `next`, before anything is yielded.
     """
     check_options(
-        max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
+        max_tokens=max_tokens,
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        kv_bits=kv_bits,
     )
     sampler = make_sampler(temp, top_p, top_k, seed)
     if isinstance(stop, str):
@@ -208,7 +214,14 @@ def generate(
 
 
 def check_options(
-    *, max_tokens: int, temp: float, top_p: float, top_k: int, repetition_penalty: float, seed: int | None
+    *,
+    max_tokens: int,
+    temp: float,
+    top_p: float,
+    top_k: int,
+    repetition_penalty: float,
+    seed: int | None,
+    kv_bits: int | None = None,
 ) -> None:
     """Refuse numbers out of range, before a model is loaded for them. Raises OptionError."""
     make_sampler(temp, top_p, top_k, seed)
@@ -216,6 +229,8 @@ def check_options(
         raise OptionError(f"max_tokens is {max_tokens}; expected 1 or more.")
     if not 0 < repetition_penalty < float("inf"):
         raise OptionError(f"repetition_penalty is {repetition_penalty}; expected a value above 0.")
+    if kv_bits is not None and kv_bits not in KV_BITS:
+        raise OptionError(f"kv_bits is {kv_bits}; expected one of {', '.join(map(str, KV_BITS))}.")
 
 
 class _StageClock:

@@ -23,8 +23,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
     """Facts about a converted model.
 
     Returns:
-        folder, bytes on disk, dtype, quantization (None if there is none), parameters by part and in all, image size and rows, sizes of tower and decoder,
-        and conversion.json's content as `provenance` (None if there is none).
+        folder, bytes on disk, dtype, quantization (None if there is none), parameters by part and in all, image size and
+        rows, sizes of tower and decoder, and conversion.json's content as `provenance` (None if there is none).
 
     Raises:
         ConfigError, CheckpointError: the folder is not a sound converted model.

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -170,6 +171,18 @@ BAD_COMMANDS = [
     (["convert", "no-such-folder", "out"], "neither a folder, a zip nor a hub id"),
     (["convert", str(GOLDEN), "no/such/place"], "no/such"),
     (["convert", "apple/FastVLM-0.5B", "out"], "neither in the cache nor"),
+    (["convert", str(GOLDEN), "out", "-q", "int9"], "no recipe 'int9'"),
+    (["convert", str(GOLDEN), "out", "--vision", "8"], "give one with --quantize"),
+    (["convert", str(GOLDEN), "out", "--to", "onnx"], "onnx"),
+    (["convert", str(GOLDEN), "out", "-q", "int4", "--to", "hub"], "leave it away"),
+    (["quantize", "demo", "out", "-q", "int4", "--decoder", "4:48"], "4:48"),
+    (["quantize", "demo", "out", "--images", "nowhere"], "nowhere"),
+    (["quantize", "demo", "out", "--images", str(GOLDEN)], "holds no pictures"),
+    (["describe", PICTURE, "--kv-bits", "7"], "kv_bits"),  # before any download
+    (["verify", str(GOLDEN)], "config.json"),
+    (["fidelity", "demo", "nowhere"], "nowhere"),
+    (["fidelity", "demo", "demo", "--save-to-model"], "demo is not the folder"),
+    (["fidelity", "demo", "demo", "--images", "nowhere"], "nowhere"),
     (["info", str(GOLDEN)], "config.json"),
     (["paint"], "paint"),
 ]
@@ -185,6 +198,43 @@ def test_mistakes_are_one_line_and_exit_code_1(arguments, text, run, tmp_path, m
     assert text in err
     assert err.startswith("mlx-fastvlm: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_from_a_checkpoint_to_a_small_model_and_its_report(run, hub_folder, tmp_path):
+    big, small = tmp_path / "big", tmp_path / "small"
+    assert run("convert", hub_folder("inference"), big)[0] == 0
+    code, out, _ = run("quantize", big, small, "-q", "int8", "--decoder", "8:32", "--embeddings", "8:32")
+    assert code == 0 and "int8 (decoder 8:32, embeddings 8:32)" in out and "bits per weight" in out
+    code, out, _ = run("info", small)
+    assert code == 0 and "decoder 8 bits, groups of 32" in out
+    code, out, _ = run("verify", small, "--json")
+    assert code == 0 and json.loads(out)["problems"] == []
+    code, out, _ = run(
+        "fidelity", big, small, "--max-tokens", 4, "--speed-rounds", 0, "--save-to-model", "--json", tmp_path / "f.json"
+    )
+    assert code == 0 and "top-1 agreement" in out
+    assert json.loads((tmp_path / "f.json").read_text())
+    assert "top-1 agreement" in (small / "README.md").read_text()
+    assert run("verify", small)[0] == 0  # the report is no change of the model
+
+
+def test_verify_of_a_damaged_model_exits_with_1(run, model, tmp_path):
+    damaged = shutil.copytree(model, tmp_path / "model")
+    (damaged / "tokenizer.json").write_text("{}")
+    code, out, err = run("verify", damaged)
+    assert code == 1 and "checksums" in out and "tokenizer.json is changed" in err
+
+
+def test_a_checkpoint_goes_to_the_hubs_layout_and_comes_back(run, hub_folder, tmp_path):
+    code, _, err = run("convert", hub_folder("training"), tmp_path / "hub", "--to", "hub")
+    assert code == 0, err
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["model_type"] == "llava_qwen2"
+    answers = [
+        run("describe", PICTURE, "-m", folder, "--max-tokens", 6)[1]
+        for folder in (hub_folder("training"), tmp_path / "hub")
+    ]
+    assert answers[0] == answers[1]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_wrong_checkpoint_names_what_was_found(run, hub_folder, tmp_path):

@@ -11,7 +11,7 @@ from mlx_fastvlm import generate_step, load
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.checkpoint import Checkpoint
-from mlx_fastvlm.convert.export import export
+from mlx_fastvlm.convert.export import _config_for, export
 from mlx_fastvlm.convert.key_map import sites
 from mlx_fastvlm.convert.tokenizer import read_tokenizer
 from mlx_fastvlm.convert.unfold import CLIP_HEAD, Unfolded, mlx_vlm_tensors
@@ -102,9 +102,7 @@ def test_the_config_is_in_the_hubs_words(exported, hub_folder):
     assert found == wanted
 
 
-def test_a_standard_tower_needs_no_vision_config(hub_folder, bfloat16_folder, tmp_path):
-    from mlx_fastvlm.convert.export import _config_for
-
+def test_a_standard_tower_needs_no_vision_config(bfloat16_folder):
     for side, is_kept in ((256, False), (512, True)):
         raw = json.loads((bfloat16_folder / "config.json").read_text()) | {"mm_hidden_size": 3072}
         raw["vision_config"] = {"image_size": side}

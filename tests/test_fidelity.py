@@ -13,6 +13,7 @@ import pytest
 
 from mlx_fastvlm import generate, load
 from mlx_fastvlm.benchmarks import easy_vqa, quantization, quantization_docs
+from mlx_fastvlm.benchmarks.command import BenchmarkError
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.fidelity import (
     Fidelity,
@@ -27,6 +28,7 @@ from mlx_fastvlm.fidelity import (
     write_card_entry,
 )
 from mlx_fastvlm.fidelity.results import Answers
+from mlx_fastvlm.fidelity.stopwatch import time_in_turns
 from tests.conftest import GOLDEN
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,11 @@ def test_each_model_is_timed_alone_and_in_turns(reference, noisy):
     assert steps[-1] == ("timing", 4, 4)
     assert "decoding, tok/s" in format_fidelity(found)
     assert Fidelity.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_a_timing_that_fails_says_why_in_one_line(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"^Timing failed: .* has no config\.json"):
+        time_in_turns({"reference": tmp_path}, PICTURE, "What?", None, rounds=1)
 
 
 def test_the_result_survives_json_and_the_candidates_folder(compared, noisy, tmp_path):

@@ -99,6 +99,7 @@ def describe(
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "kv_bits": kv_bits,
     }
     check_options(**sampling)
     # A wrong picture should be known before seconds of loading, and its bytes be here before the clock starts.
@@ -116,7 +117,6 @@ def describe(
         image=picture,
         stop=stop or (),
         system=system,
-        kv_bits=kv_bits,
         **sampling,
     )
     text = ""
