@@ -75,7 +75,8 @@ def open_source(source: Path, beside: Path) -> Iterator[Folder]:
         beside: the conversion's destination; the temporary folder lies in the same parent, so on the same disk.
 
     Raises:
-        CheckpointError: no such source, a link in the folder that leads out of it, or a zip that is damaged, unsafe to unpack or too large for the disk.
+        CheckpointError: no such source, a link in the folder that leads out of it, or a zip that is damaged, unsafe to
+            unpack or too large for the disk.
     """
     if source.is_dir():
         for path in source.iterdir():

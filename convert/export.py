@@ -27,6 +27,7 @@ from mlx_fastvlm.model import FastVLM
 
 from .aside import check_destination, check_room, write_json, written_aside
 from .checkpoint import Checkpoint
+from .model_card import write_export_card
 from .tensors import Combined, Tensors, row_blocks
 from .tokenizer import write_tokenizer
 from .unfold import CLIP_HEAD, Exported, Shapes, Unfolded, hub_tensors, mlx_vlm_tensors
@@ -125,7 +126,9 @@ def export(
         write_json(aside / "config.json", _config_for(layout, raw_config, config, dtype))
         has_clip_head = any(tensor.parameter == CLIP_HEAD for tensor in exported)
         notices = [] if has_clip_head else [target.without_clip_head]
-        write_json(aside / RECORD, _record(folder, layout, dtype, notices))
+        record = _record(folder, layout, dtype, notices)
+        write_json(aside / RECORD, record)
+        write_export_card(aside, destination.name, record)
     return destination
 
 
@@ -247,7 +250,9 @@ def _record(folder: Path, layout: str, dtype: str, notices: list[str]) -> dict[s
     except (OSError, ValueError):
         conversion = {}  # a note about the weights, not a part of them
     return {
-        **{key: conversion.get(key) for key in ("source", "revision", "license")},
+        "source": conversion.get("source", folder.name),
+        "revision": conversion.get("revision"),
+        "license": conversion.get("license", "not stated by the source"),
         "layout": layout,
         "dtype": dtype,
         "notices": notices,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,26 @@ def write_card(folder: Path, name: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_export_card(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Write the card of a folder in another program's layout; `record` is its export.json."""
+    sections = [
+        _front_matter(folder, record, ("fastvlm",)),
+        f"# {name}",
+        f"FastVLM in the layout {record['layout']}, exported by {record['converter']} from {record['source']}, stored as "
+        f"{record['dtype']}. The vision tower is in inference form: its training branches, BatchNorms and layer scales are "
+        "folded into its weights.",
+        *record["notices"],
+        "## License\n\n" + _license_text(folder, record),
+    ]
+    (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
 def render_card(folder: Path, name: str) -> str:
     """The card's Markdown."""
     record = read_record(folder)
     fidelity = folder / FIDELITY
     sections = [
-        _front_matter(folder, record),
+        _front_matter(folder, record, ("mlx", "mlx-fastvlm", "fastvlm")),
         f"# {name}",
         "FastVLM converted for [mlx-fastvlm](https://pypi.org/project/mlx-fastvlm/): a vision-language model for MLX.",
         f"```\nmlx-fastvlm describe picture.jpg --model {name}\n```",
@@ -71,8 +86,8 @@ def changes(record: dict[str, Any]) -> list[str]:
     return lines + record["notices"]
 
 
-def _front_matter(folder: Path, record: dict[str, Any]) -> str:
-    lines = ["library_name: mlx", "pipeline_tag: image-text-to-text", "tags: [mlx, mlx-fastvlm, fastvlm]"]
+def _front_matter(folder: Path, record: dict[str, Any], tags: Sequence[str]) -> str:
+    lines = ["pipeline_tag: image-text-to-text", f"tags: [{', '.join(tags)}]"]
     if is_hub_id(record["source"]):
         lines.insert(0, f"base_model: {record['source']}")
     if _is_apples(record):

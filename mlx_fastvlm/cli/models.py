@@ -53,7 +53,9 @@ def convert(
     vision: Vision = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Model that an adapter (or mm_projector.bin) is merged into.", show_default="the one it names"),
+        typer.Option(
+            help="Model that an adapter (or mm_projector.bin) is merged into.", show_default="the one it names"
+        ),
     ] = None,
     vision_tower: Annotated[
         str | None,
@@ -248,7 +250,11 @@ def _report(folder: Path) -> None:
         line += f", {notes['quantization']['recipe']}: {notes['quantization']['bits_per_weight']:.2f} bits per weight"
     if "self_check" in notes:
         error = notes["self_check"]["max_relative_error"]
-        line += f"; folding differs from the checkpoint by at most {error:.0e} (relative)" if error else "; folding is exact"
+        line += (
+            f"; folding differs from the checkpoint by at most {error:.0e} (relative)"
+            if error
+            else "; folding is exact"
+        )
     say(f"{line}.")
 
 
