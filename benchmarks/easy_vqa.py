@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 
@@ -34,10 +35,7 @@ def test_questions(limit: int | None = None) -> list[tuple[Path, list[tuple[str,
     Raises:
         BenchmarkError: the easy-vqa package is missing.
     """
-    try:
-        import easy_vqa
-    except ImportError:
-        raise BenchmarkError("Task accuracy needs the easy-VQA data set: pip install easy-vqa.") from None
+    easy_vqa = _data_set()
     questions: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image_id in zip(*easy_vqa.get_test_questions(), strict=True):
         questions[image_id].append((question, answer))
@@ -46,6 +44,12 @@ def test_questions(limit: int | None = None) -> list[tuple[Path, list[tuple[str,
 
 
 test_questions.__test__ = False  # no test of pytest's, whatever its name begins with
+
+
+def training_pictures(count: int) -> list[Path]:
+    """The first training pictures by image id. Raises BenchmarkError if the easy-vqa package is missing."""
+    paths = _data_set().get_train_image_paths()
+    return [Path(paths[image_id]) for image_id in sorted(paths)[:count]]
 
 
 def answers(model: FastVLM, processor: Processor, asked: Iterable[Asked]) -> Iterator[tuple[str, str, str]]:
@@ -72,6 +76,14 @@ def exact_match(answered: Iterable[tuple[str, str, str]]) -> dict[str, float | i
     """Share of `answers` that are exactly the expected ones, as {"exact_match": share, "questions": count}."""
     right = [found == expected for _, expected, found in answered]
     return {"exact_match": round(sum(right) / len(right), 5), "questions": len(right)}
+
+
+def _data_set() -> ModuleType:
+    try:
+        import easy_vqa
+    except ImportError:
+        raise BenchmarkError("Task accuracy needs the easy-VQA data set: pip install easy-vqa.") from None
+    return easy_vqa
 
 
 def _answer_together(

@@ -39,32 +39,36 @@ from mlx_fastvlm.loading import DEMO, DTYPES, compute_dtype, load, resolve_model
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
-from .easy_vqa import answers, exact_match, test_questions
+from .easy_vqa import answers, exact_match, test_questions, training_pictures
 from .picture import picture_file
 from .quantization_docs import cells, demo_rows, fill_docs, full_size_rows
 from .report import format_table
 from .ttft import resolve_aside
 
 UNQUANTIZED = ("float32", "bfloat16")  # beside what the model is stored in
+CALIBRATED = {f"{name}, calibrated": name for name in ("int4", "int3", "int2")}  # where rounding alone costs something
+CALIBRATION_PICTURES = 32  # of easy-VQA's training pictures, which are asked about nowhere here
 FIDELITY_PICTURES = 25
 FIDELITY_PROMPTS = (DEFAULT_PROMPT, "what color is the shape?")
 
 
 def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """See the top of this file."""
-    unknown = sorted(set(args.recipes) - {*RECIPES, *UNQUANTIZED})
+    known = [*UNQUANTIZED, *RECIPES] if args.full_size else [*UNQUANTIZED, *RECIPES, *CALIBRATED]
+    recipes = args.recipes or known
+    unknown = sorted(set(recipes) - set(known))
     if unknown:
-        raise BenchmarkError(f"There is no recipe {unknown[0]}; choose of {', '.join([*UNQUANTIZED, *RECIPES])}.")
+        raise BenchmarkError(f"There is no recipe {unknown[0]}; choose of {', '.join(known)}.")
     if args.full_size is not None:
-        return measure_full_size(args)
-    return measure_demo(args.recipes, args.limit)
+        return measure_full_size(args, recipes)
+    return measure_demo(recipes, args.limit)
 
 
 def measure_demo(names: Sequence[str], limit: int | None) -> tuple[str, dict[str, Any]]:
     """Fidelity and task accuracy of the demo model by recipe.
 
     Args:
-        names: of RECIPES and UNQUANTIZED.
+        names: of RECIPES, UNQUANTIZED and CALIBRATED.
         limit: test pictures to ask about; None takes all.
     """
     asked = test_questions(limit)
@@ -93,13 +97,13 @@ def measure_demo(names: Sequence[str], limit: int | None) -> tuple[str, dict[str
     return _table(demo_rows(result)), result
 
 
-def measure_full_size(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def measure_full_size(args: argparse.Namespace, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Size, memory and speed by recipe of the model `args.full_size`."""
     progress(f"Preparing {args.full_size}.")
     reference = resolve_aside(args.full_size)
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-", dir=args.work) as work, picture_file(args.image) as image:
         folders = {"as stored": reference}
-        for name in args.recipes:
+        for name in names:
             progress(f"Making {name}.")
             folders[name] = make_candidate(reference, Path(work) / name, name)
         speeds = time_in_turns(
@@ -135,6 +139,9 @@ def make_candidate(reference: Path, destination: Path, name: str) -> Path:
     """The reference quantized by a recipe, or stored in another type."""
     if name in RECIPES:
         return quantize(reference, destination, name)
+    if name in CALIBRATED:
+        pictures = training_pictures(CALIBRATION_PICTURES)
+        return quantize(reference, destination, CALIBRATED[name], images=pictures, prompts=FIDELITY_PROMPTS)
     return store_as(reference, destination, name)
 
 
@@ -190,9 +197,7 @@ def _table(rows: list[dict[str, str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("quantization", __doc__)
-    parser.add_argument(
-        "--recipes", metavar="NAME", nargs="+", default=[*UNQUANTIZED, *RECIPES], help="which ones (all)"
-    )
+    parser.add_argument("--recipes", metavar="NAME", nargs="+", help="which ones (all)")
     parser.add_argument("--limit", metavar="N", type=at_least_one, help="ask about the first N test pictures only")
     parser.add_argument("--full-size", metavar="MODEL", help="measure this folder or hub id: size, memory, speed")
     add_picture(parser)

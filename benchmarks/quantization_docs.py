@@ -28,9 +28,9 @@ def claim(demo: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     disk = 1 - small["weight_bytes"] / stored["weight_bytes"]
     memory = 1 - small["peak_rss_bytes"]["median"] / stored["peak_rss_bytes"]["median"]
     return (
-        f"Recipe `int8` takes {disk:.0%} less room for the weights and {_less(memory)} peak memory at the size of "
-        f"{full['model']} (computing in {full['dtype']} on the {full['machine']['mlx_device']}), and the demo model "
-        f"keeps {accuracy:.1%} of its easy-VQA accuracy "
+        f"Recipe `int8` stores {full['model']}, a model of FastVLM-0.5B's size, in {disk:.0%} less room and answers in "
+        f"{_less(memory)} peak memory ({full['dtype']} on the {full['machine']['mlx_device']}), and the demo model keeps "
+        f"{accuracy:.1%} of its easy-VQA accuracy "
         f"({int8['easy_vqa_test']['exact_match']:.2%} against {reference['easy_vqa_test']['exact_match']:.2%} of "
         f"{int8['easy_vqa_test']['questions']:,} questions)."
     )

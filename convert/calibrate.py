@@ -24,7 +24,7 @@ from mlx_fastvlm.sampling import make_sampler
 
 from .weights import Packed, pack, unpack
 
-PROMPT = "Describe this image."
+PROMPTS = ("Describe this image.",)
 ANSWER_TOKENS = 64  # of the model's own answer, which it will write again and again
 _DAMPING = 0.01  # of the mean of the diagonal, added to it: keeps the inverse finite (GPTQ, section 3.3)
 
@@ -35,6 +35,7 @@ def calibrate(
     images: Sequence[Path],
     quantization: QuantizationConfig,
     dtype: mx.Dtype,
+    prompts: Sequence[str] = PROMPTS,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Packed]:
     """Quantize the decoder's layers on pictures.
@@ -45,6 +46,7 @@ def calibrate(
         images: pictures like those the model will be asked about; some 16 to 64.
         quantization: how each layer will be stored; only affine ones of the decoder's layers are calibrated.
         dtype: type of the groups' scales and biases.
+        prompts: questions like those that will be asked; every picture is asked all of them.
         on_progress: told how many images and layers are done.
 
     Returns:
@@ -59,7 +61,8 @@ def calibrate(
 
     states = []
     for count, image in enumerate(images, start=1):
-        states.append(_sample(model, processor, image))
+        features = model.encode_images(processor.preprocess(image))
+        states += [_sample(model, processor, features, prompt) for prompt in prompts]
         done(count)
     packed: dict[str, Packed] = {}
     for index, layer in enumerate(layers):
@@ -137,10 +140,9 @@ def _upper_factor_of_inverse(squares: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
 
 
-def _sample(model: FastVLM, processor: Processor, image: Path) -> mx.array:
-    """Embeddings (1, L, hidden) of a picture, the question and the model's own answer."""
-    ids = processor.tokenize(PROMPT, 1)
-    features = model.encode_images(processor.preprocess(image))
+def _sample(model: FastVLM, processor: Processor, features: mx.array, prompt: str) -> mx.array:
+    """Embeddings (1, L, hidden) of a picture, a question and the model's own answer."""
+    ids = processor.tokenize(prompt, 1)
     embeddings = model.embed(ids, features)
     cache = model.make_cache()
     answer = []

@@ -15,7 +15,7 @@ from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
 from .aside import check_destination, check_room, write_json, written_aside
-from .calibrate import calibrate
+from .calibrate import PROMPTS, calibrate
 from .pipeline import finish, quantization_entry, quantized_facts
 from .recipes import RECIPES, Recipe, choose, plan
 from .record import RECORD, read_record
@@ -35,6 +35,7 @@ def quantize(
     recipe: str | Recipe,
     *,
     images: Sequence[Path] = (),
+    prompts: Sequence[str] = PROMPTS,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -46,6 +47,7 @@ def quantize(
         recipe: a name of RECIPES, or a Recipe of one's own (see `choose`).
         images: pictures to calibrate the decoder on (GPTQ); the whole model is then held in memory. None: every weight
             is rounded to nearest, in bounded memory.
+        prompts: questions to calibrate on, each asked about every picture.
         force: replace `destination` if it exists.
         on_progress: called with (what is being done, how much is done, how much there is).
 
@@ -81,7 +83,7 @@ def quantize(
         calibrated = {}
         if images:
             model, processor = load_model(folder, config, "float32"), Processor.from_folder(folder, config)
-            calibrated = calibrate(model, processor, images, quantization, dtype, on_progress)
+            calibrated = calibrate(model, processor, images, quantization, dtype, prompts, on_progress)
             del model
         blocks = _blocks(weights, on_progress)
         errors = write_weights(aside / "model.safetensors", shapes, blocks, dtype, quantization, calibrated)

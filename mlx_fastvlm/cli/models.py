@@ -119,7 +119,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    max_images: Annotated[int, typer.Option(min=1, help="Use at most so many of them.")] = 32,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Question to calibrate on; may be given again. Best those you will ask.",
+            show_default="Describe this image.",
+        ),
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Use at most so many pictures.")] = 32,
     revision: Revision = None,
     force: Force = False,
 ) -> None:
@@ -132,6 +139,7 @@ def quantize(
     mlx-fastvlm quantize ./my-model ./my-model-int8 --recipe int8 --vision none
     mlx-fastvlm quantize ./my-model ./my-model-int4 --images ./my-photos
     """
+    from mlx_fastvlm.convert.calibrate import PROMPTS
     from mlx_fastvlm.convert.quantize import choose
     from mlx_fastvlm.convert.quantize import quantize as run
     from mlx_fastvlm.fidelity.pictures import find_images
@@ -142,7 +150,15 @@ def quantize(
     with progress() as on_progress:
         folder = resolve_model(model, revision, on_progress)
     with progress() as on_progress:
-        run(folder, destination, chosen, images=pictures, force=force, on_progress=on_progress)
+        run(
+            folder,
+            destination,
+            chosen,
+            images=pictures,
+            prompts=prompt or PROMPTS,
+            force=force,
+            on_progress=on_progress,
+        )
     _report(destination)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,16 +65,17 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for label, marker, points in (("reference", "s", references), ("candidates", "o", candidates)):
-        names, sizes, agreements = zip(*points, strict=True)
-        megabytes, percent = [size / 1e6 for size in sizes], [100 * agreement for agreement in agreements]
-        axes.scatter(megabytes, percent, marker=marker, label=label)
-        for name, x, y in zip(names, megabytes, percent, strict=True):
-            axes.annotate(name, (x, y), xytext=(3, 5), textcoords="offset points", fontsize=8, rotation=45)
-    _, sizes, agreements = zip(*references, *candidates, strict=True)
-    lowest = 100 * min(agreements)
-    room = 0.2 * max(100 - lowest, 1)
-    axes.set_xlim(0, max(sizes) / 1e6 * 1.15)
-    axes.set_ylim(lowest - room / 2, 100 + room)
+        _, sizes, agreements = zip(*points, strict=True)
+        axes.scatter([size / 1e6 for size in sizes], [100 * value for value in agreements], marker=marker, label=label)
+    # Names in turn to the right and to the left, from the top down: neighbors crowd each other less.
+    everyone = sorted({*references, *candidates}, key=lambda point: (-point[2], point[1]))
+    for (name, size, agreement), (offset, side) in zip(everyone, cycle([(6, "left"), (-6, "right")]), strict=False):
+        place = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8}
+        axes.annotate(name, (size / 1e6, 100 * agreement), **place)
+    lowest = 100 * min(agreement for *_, agreement in everyone)
+    room = 0.1 * max(100 - lowest, 1)
+    axes.set_xlim(0, max(size for _, size, _ in everyone) / 1e6 * 1.15)
+    axes.set_ylim(lowest - room, 100 + room)
     axes.set_xlabel("weights on disk, MB")
     axes.set_ylabel("top-1 agreement with the reference, %")
     axes.grid(alpha=0.3)
