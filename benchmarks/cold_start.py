@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .child import code_command
 from .command import BenchmarkError, add_picture, at_least_one, installed_command, make_parser, progress, run
 from .picture import picture_file
 from .report import Summary, format_table
@@ -98,7 +98,7 @@ def import_times(repeat: int) -> tuple[Summary, Summary]:
 
 def loaded_modules(arguments: Sequence[str]) -> list[str]:
     """Which of HEAVY_MODULES are loaded when the command line with these arguments is done."""
-    command = [sys.executable, "-c", _LIST_MODULES, json.dumps(HEAVY_MODULES), *arguments]
+    command = code_command(_LIST_MODULES, json.dumps(HEAVY_MODULES), *arguments)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise BenchmarkError(f"describe failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -107,7 +107,7 @@ def loaded_modules(arguments: Sequence[str]) -> list[str]:
 
 def _time_python(code: str) -> float:
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run(code_command(code), check=True)
     return time.perf_counter() - start
 
 

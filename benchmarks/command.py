@@ -71,6 +71,7 @@ def run(name: str, parser: argparse.ArgumentParser, measure: Measure, argv: Sequ
         print(f"{machine_line(machine)}\n\n{table}\n")
         if args.save:
             path = Path("benchmarks", "results", f"{args.save}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_json(path, result)
             print(f"Saved: {path}")
         print(json.dumps(result, ensure_ascii=False))

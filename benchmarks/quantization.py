@@ -22,12 +22,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert.quantize import RECIPES, quantize
 from mlx_fastvlm.errors import FastVLMError
 from mlx_fastvlm.fidelity.comparison import measure as measure_fidelity
@@ -36,13 +37,14 @@ from mlx_fastvlm.fidelity.plot import plot_fidelity
 from mlx_fastvlm.fidelity.results import Fidelity
 from mlx_fastvlm.fidelity.stopwatch import SPEED_TOKENS, time_in_turns
 from mlx_fastvlm.loading import DEMO, DTYPES, compute_dtype, load, resolve_model
-from mlx_fastvlm.safetensors_file import SafetensorsFile
+from mlx_fastvlm.quantization import Storage
+from mlx_fastvlm.safetensors_file import DTYPE_NAMES, SafetensorsFile
 
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
 from .easy_vqa import answers, exact_match, test_questions, training_pictures
 from .picture import picture_file
 from .quantization_docs import cells, demo_rows, fill_docs, full_size_rows
-from .report import format_table
+from .report import format_table, save_json
 from .ttft import resolve_aside
 
 UNQUANTIZED = ("float32", "bfloat16")  # beside what the model is stored in
@@ -86,6 +88,7 @@ def measure_demo(names: Sequence[str], limit: int | None) -> tuple[str, dict[str
             models.append(
                 {
                     "recipe": name or "as embedded",
+                    "parts": stored_parts(folder),
                     "bits_per_weight": bits_per_weight(folder),
                     "fidelity": fidelity.to_dict(),
                     "easy_vqa_test": accuracy,
@@ -117,6 +120,7 @@ def measure_full_size(args: argparse.Namespace, names: Sequence[str]) -> tuple[s
         models = [
             {
                 "recipe": name,
+                "parts": stored_parts(folder),
                 "bits_per_weight": bits_per_weight(folder),
                 "weight_bytes": (folder / "model.safetensors").stat().st_size,
                 **{
@@ -152,7 +156,21 @@ def store_as(reference: Path, destination: Path, dtype: str) -> Path:
     mx.save_safetensors(
         str(destination / "model.safetensors"), {name: array.astype(DTYPES[dtype]) for name, array in weights.items()}
     )
+    for name, key in (("config.json", "torch_dtype"), ("conversion.json", "dtype")):
+        path = destination / name
+        save_json(path, {**json.loads(path.read_text(encoding="utf-8")), key: dtype})
     return destination
+
+
+def stored_parts(folder: Path) -> dict[str, str | None] | None:
+    """Part of the model → how the folder's config.json says it is stored; None if nothing is quantized."""
+    quantization = FastVLMConfig.from_folder(folder).quantization
+    return quantization and spell_parts(quantization.parts)
+
+
+def spell_parts(parts: Mapping[str, Storage | None]) -> dict[str, str | None]:
+    """Part → its storage in words, None where it is left as it is."""
+    return {part: storage and str(storage) for part, storage in parts.items()}
 
 
 def bits_per_weight(folder: Path) -> float:
@@ -166,14 +184,15 @@ def bits_per_weight(folder: Path) -> float:
 def stored_dtype(folder: Path) -> mx.Dtype:
     """The type of what is not quantized."""
     stored = SafetensorsFile(folder / "model.safetensors").dtype("language_model.norm.weight")
-    return {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[stored]
+    return DTYPES[DTYPE_NAMES[stored]]
 
 
 def write_docs(docs: Path | None, plot: Path | None) -> None:
     """Render what is saved in benchmarks/results/ under the current folder into the page and the picture.
 
     Raises:
-        BenchmarkError: a result or the page is missing.
+        BenchmarkError: a result, the page or one of its marks is missing.
+        OptionError: the picture cannot be drawn or written.
     """
     results = {}
     for name in ("quantization", "quantization-0.5b"):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .command import BenchmarkError
+
 Row = dict[str, str]  # column → cell
 
 
@@ -45,7 +47,7 @@ def fill_docs(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
         results: "quantization" and "quantization-0.5b" → the saved results.
 
     Raises:
-        ValueError: a mark is missing.
+        BenchmarkError: a mark is missing.
     """
     demo, full = results["quantization"], results["quantization-0.5b"]
     blocks: dict[str, Callable[[], str]] = {
@@ -57,7 +59,7 @@ def fill_docs(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"the page has no {begin} … {end}")
+            raise BenchmarkError(f"The page has no {begin} … {end}; put both marks where the block belongs.")
         filled = f"{begin}\n{render()}\n{end}"
         text = pattern.sub(lambda _, filled=filled: filled, text)
     return text

@@ -1,6 +1,6 @@
 """The child's side of the peers benchmark: loads one implementation, then answers requests, one JSON line each.
 
-    python -m mlx_fastvlm.benchmarks.runner ours|mlx-vlm|torch FOLDER auto|off
+Arguments: ours|mlx-vlm|torch FOLDER auto|off
 
 Standard input: {"image": file, "prompt": question, "max_tokens": n} a line. Standard output: first {"ready": ...} or
 {"unavailable": why}, then {"ttft", "ttft_cpu", "seconds", "tokens", "peak_rss"} for each request. Everything that libraries print

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .child import module_command
 from .command import BenchmarkError
 
 
@@ -37,7 +38,7 @@ class RunnerProcess:
     def __init__(self, name: str, folder: Path, python: str, blas: str):
         self.name = name
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-        command = [python, "-m", "mlx_fastvlm.benchmarks.runner", name, str(folder.resolve()), blas]
+        command = module_command("mlx_fastvlm.benchmarks.runner", name, str(folder.resolve()), blas, python=python)
         start = time.perf_counter()
         try:
             self._process = subprocess.Popen(

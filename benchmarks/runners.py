@@ -6,6 +6,8 @@ file loads without them. What stops an answer is left out of it.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,7 @@ def load_torch(folder: Path) -> TokenStream:
     from PIL import Image
     from transformers import AutoTokenizer
 
+    sys.path.append(os.getcwd())  # last: nothing there takes the place of an installed module
     from tests.reference.golden_images import preprocess
     from tests.reference.presets import tower_size
     from tests.reference.torch_reference import IMAGE_TOKEN_ID, load_reference

@@ -16,17 +16,18 @@ Peak memory is the whole process's, loading included; a checkpoint is converted 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
 
 from mlx_fastvlm.generate import GenerationResponse, stream_generate
-from mlx_fastvlm.loading import DTYPES, load, resolve_model
+from mlx_fastvlm.loading import DTYPES, load
 
+from .child import code_command
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
 from .machine import matmul_gflops, peak_rss
 from .picture import picture_file
@@ -34,6 +35,15 @@ from .report import Summary, format_table
 
 STAGES = ("decode", "resize", "encode", "project", "tokenize", "prefill", "first_token")
 PAPER_STAGES = ("encode", "project", "prefill")
+_RESOLVE = """
+import json, sys
+from mlx_fastvlm.errors import FastVLMError
+from mlx_fastvlm.loading import resolve_model
+try:
+    print(json.dumps(str(resolve_model(sys.argv[1]))))
+except FastVLMError as error:
+    sys.exit(" ".join(str(error).split()))
+"""
 
 
 def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -84,9 +94,16 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def resolve_aside(model: str) -> Path:
-    """`resolve_model` in a process of its own, so that a conversion's memory is not taken for the runtime's."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
-        return executor.submit(resolve_model, model).result()
+    """`resolve_model` in a process of its own, so that a conversion's memory is not taken for the runtime's.
+
+    Raises:
+        BenchmarkError: it fails; its own message is repeated.
+    """
+    done = subprocess.run(code_command(_RESOLVE, model), capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise BenchmarkError(lines[-1] if lines else f"Preparing {model} failed: exit code {done.returncode}")
+    return Path(json.loads(done.stdout.splitlines()[-1]))
 
 
 def check_answer(response: GenerationResponse) -> None:

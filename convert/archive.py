@@ -19,16 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from mlx_fastvlm.checkpoint_files import WEIGHT_SUFFIXES, is_training_state
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.loading import OnProgress
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+from .aside import readable_size
 
 MAX_MEMBERS = 10_000
 MAX_SMALL_FILE = 64 * 2**20  # bytes; the largest, a tokenizer.json, has about 11 MB
 MAX_SMALL_TOTAL = 256 * 2**20
 MAX_RATIO = 200  # unpacked over packed; weights reach 3 and JSON 20, a zip bomb 1000
 _RATIO_MATTERS_FROM = 2**20  # bytes: tiny repetitive files may compress better than that
-_SPARE_DISK = 64 * 2**20  # bytes left free when unpacking
+_SPARE_DISK = 16 * 2**20  # bytes left free when unpacking
 _CHUNK = 2**20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # bits of a member's flags
@@ -61,37 +63,39 @@ class Folder:
         """Whether there is a file of this name, unpacked or not."""
         return name in self.embedded or (self.path / name).is_file()
 
+    def names(self) -> set[str]:
+        """Names of the files, unpacked or not."""
+        return {path.name for path in self.path.iterdir() if path.is_file()} | set(self.embedded)
+
 
 @contextmanager
-def open_source(source: Path, beside: Path) -> Iterator[Folder]:
+def open_source(source: Path, beside: Path, on_progress: OnProgress | None = None) -> Iterator[Folder]:
     """A checkpoint folder or zip, ready to be read; what a zip made necessary to unpack is removed at the end.
 
     Small files of a zip are unpacked into a hidden folder next to `beside`, so are weights that cannot be read in place
-    (compressed ones and PyTorch's), and folders ending in .mlpackage. Stored .safetensors are not copied, and the zip's
-    checksum of them is not computed; their headers are checked as everywhere.
+    (compressed ones and PyTorch's), and folders ending in .mlpackage. Stored .safetensors are not copied, but read once
+    to verify the zip's checksum of them; their headers are checked as everywhere.
 
     Args:
         source: a folder, or a zip with the checkpoint's files at its top or in one folder.
         beside: the conversion's destination; the temporary folder lies in the same parent, so on the same disk.
+        on_progress: called with (what is being done, bytes done, bytes in all) while checksums are verified.
 
     Raises:
-        CheckpointError: no such source, a link in the folder that leads out of it, or a zip that is damaged, unsafe to
-            unpack or too large for the disk.
+        CheckpointError: no such source, a folder that cannot be read or a link in it that leads out of it, or a zip that
+            is damaged, unsafe to unpack or too large for the disk.
     """
     if source.is_dir():
-        for path in source.iterdir():
-            if path.is_symlink():
-                check_inside(source, path)
+        _check_links(source)
         yield Folder(source, source)
         return
-    if not zipfile.is_zipfile(source):
-        raise CheckpointError(f"{source} is neither a folder nor a zip file; give the checkpoint's folder or zip.")
+    _check_is_zip(source)
     beside = beside.absolute()
     temporary = beside.parent / f".{beside.name}.{uuid.uuid4().hex[:8]}.source.partial"
     try:
         try:
             temporary.mkdir(mode=0o700)
-            embedded = _unpack(source, temporary)
+            embedded = _unpack(source, temporary, on_progress)
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
             raise CheckpointError(f"{source} is damaged ({error}); download it again.") from None
         except (NotImplementedError, UnicodeError) as error:  # a feature of zip that Python does not know
@@ -127,43 +131,87 @@ def check_inside(folder: Path, path: Path) -> Path:
     return path
 
 
-def is_training_state(name: str) -> bool:
-    """Whether a file with a weight's suffix is known to hold a trainer's state instead."""
-    return re.fullmatch(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)", name) is not None
-
-
 def stored_extent(file: BinaryIO, path: Path, member: zipfile.ZipInfo) -> Extent:
     """Where the bytes of an uncompressed member lie in the zip file itself.
 
     Raises:
         zipfile.BadZipFile: the directory at the zip's end and the member's own header do not agree.
     """
-    file.seek(member.header_offset)
-    raw = file.read(_LOCAL_HEADER.size)
-    signature, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
-    if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or member.compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile(f"{member.filename} is not where the directory says")
-    name = file.read(name_length).decode("utf-8" if flags & _UTF8 else "cp437")
-    if name != member.orig_filename or member.file_size != member.compress_size:
+    flags, method, stored_name, offset = _own_header(file, member)
+    name = stored_name.decode("utf-8" if flags & _UTF8 else "cp437")
+    is_stored = method == member.compress_type == zipfile.ZIP_STORED and member.file_size == member.compress_size
+    if name != member.orig_filename or not is_stored:
         raise zipfile.BadZipFile(f"{member.filename} has two different headers")
-    offset = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     return Extent(path, offset, member.file_size)
 
 
-def _unpack(source: Path, folder: Path) -> dict[str, Extent]:
+def _own_header(file: BinaryIO, member: zipfile.ZipInfo) -> tuple[int, int, bytes, int]:
+    """What stands before a member's bytes: flags, method of compression, name, and where the bytes begin."""
+    file.seek(member.header_offset)
+    raw = file.read(_LOCAL_HEADER.size)
+    signature, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
+    if signature != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"{member.filename} is not where the directory says")
+    start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    return flags, method, file.read(name_length), start
+
+
+def _check_links(folder: Path) -> None:
+    """Raise CheckpointError if a folder cannot be read or a link leads out of it."""
+    try:
+        links = [path for path in folder.iterdir() if path.is_symlink()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}).") from None
+    for path in links:
+        check_inside(folder, path)
+
+
+def _check_is_zip(source: Path) -> None:
+    """Raise CheckpointError if a source that is no folder is no zip file either, or is what is left of one."""
+    if source.is_file():
+        try:
+            source.open("rb").close()
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read ({error.strerror or error}).") from None
+        if zipfile.is_zipfile(source):
+            return
+        if source.suffix.lower() == ".zip":
+            raise CheckpointError(f"{source} is empty, cut off or damaged, so it is no zip file; download it again.")
+    raise CheckpointError(f"{source} is neither a folder nor a zip file; give the checkpoint's folder or zip.")
+
+
+def _unpack(source: Path, folder: Path, on_progress: OnProgress | None) -> dict[str, Extent]:
     """Unpack what must be on disk into `folder`; return where the rest lies."""
     with zipfile.ZipFile(source) as archive:
-        _check_apart(source, archive)
         members = _checked_members(source, archive)
         embedded, unpacked = {}, {}
         for name, member in members.items():
             in_place = name.endswith(".safetensors") and member.compress_type == zipfile.ZIP_STORED
             (embedded if in_place and "/" not in name else unpacked)[name] = member
-        _check_sizes(source, unpacked, folder)
-        for name, member in unpacked.items():
-            _unpack_member(source, archive, member, folder / name)
         with source.open("rb") as file:
-            return {name: stored_extent(file, source, member) for name, member in embedded.items()}
+            _check_apart(source, archive, file)
+            places = {name: stored_extent(file, source, member) for name, member in embedded.items()}
+            _check_sizes(source, unpacked, folder)
+            for name, member in unpacked.items():
+                _unpack_member(source, archive, member, folder / name)
+            _check_sums(file, [(member, places[name]) for name, member in embedded.items()], on_progress)
+        return places
+
+
+def _check_sums(file: BinaryIO, members: list[tuple[zipfile.ZipInfo, Extent]], on_progress: OnProgress | None) -> None:
+    """Read every member once and compare with the zip's checksum. Raises zipfile.BadZipFile if one differs."""
+    total, done = sum(extent.length for _, extent in members), 0
+    for member, extent in members:
+        file.seek(extent.offset)
+        checksum, left = 0, extent.length
+        while left and (chunk := file.read(min(_CHUNK, left))):
+            checksum = zlib.crc32(chunk, checksum)
+            left -= len(chunk)
+            done += len(chunk)
+            if on_progress:
+                on_progress("Checking the zip", done, total)
+        if left or checksum != member.CRC:
+            raise zipfile.BadZipFile(f"{member.filename} does not have its checksum")
 
 
 def _checked_members(source: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -242,18 +290,18 @@ def _check_sizes(source: Path, unpacked: dict[str, zipfile.ZipInfo], folder: Pat
     }
     for name, size in small.items():
         if size > MAX_SMALL_FILE:
-            raise CheckpointError(f"{source}: {name} has {size / 1e6:.0f} MB; expected a small file or weights.")
+            raise CheckpointError(f"{source}: {name} has {readable_size(size)}; expected a small file or weights.")
     if sum(small.values()) > MAX_SMALL_TOTAL:
         raise CheckpointError(
-            f"{source} has {sum(small.values()) / 1e6:.0f} MB of files besides its weights; "
-            f"a checkpoint has at most {MAX_SMALL_TOTAL / 1e6:.0f} MB."
+            f"{source} has {readable_size(sum(small.values()))} of files besides its weights; "
+            f"a checkpoint has at most {readable_size(MAX_SMALL_TOTAL)}."
         )
     needed = sum(member.file_size for member in unpacked.values()) + _SPARE_DISK
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"Unpacking what cannot be read inside {source} needs {needed / 1e9:.1f} GB beside the destination; "
-            f"{folder.parent} has {free / 1e9:.1f} GB free. Free some room or choose another destination."
+            f"Unpacking what cannot be read inside {source} needs {readable_size(needed)} beside the destination; "
+            f"{folder.parent} has {readable_size(free)} free. Free some room or choose another destination."
         )
 
 
@@ -273,12 +321,13 @@ def _unpack_member(source: Path, archive: zipfile.ZipFile, member: zipfile.ZipIn
         )
 
 
-def _check_apart(source: Path, archive: zipfile.ZipFile) -> None:
+def _check_apart(source: Path, archive: zipfile.ZipFile, file: BinaryIO) -> None:
     """No entry's bytes may be another's as well, or reach into the directory at the end."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     starts = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
     for entry, following in zip(entries, starts, strict=False):
-        if entry.header_offset + _LOCAL_HEADER.size + entry.compress_size > following:
+        *_, start = _own_header(file, entry)
+        if start + entry.compress_size > following:
             raise CheckpointError(
                 f"{source}: {entry.filename} overlaps what follows it, so the file is damaged; download it again."
             )

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.errors import CheckpointError, OptionError
+from mlx_fastvlm.json_file import read_json_object
 
+_ABANDONED_AFTER = 86400  # seconds
 MADE_BY_US = ("conversion.json", "export.json")  # what marks a folder that --force may replace
 
 
@@ -26,14 +28,19 @@ def check_destination(destination: Path, force: bool) -> None:
         OptionError: it exists, cannot be replaced, or has no parent folder.
     """
     if destination.exists():
-        if not force:
-            raise OptionError(f"{destination} exists; give another folder, or --force to replace it.")
         if not destination.is_dir():
-            raise OptionError(f"{destination} is a file; --force replaces folders only.")
-        if any(destination.iterdir()) and not any((destination / name).exists() for name in MADE_BY_US):
-            raise OptionError(f"{destination} is not a converted model; --force will not delete it.")
+            raise OptionError(f"{destination} is a file; give a folder to make.")
+        if any(destination.iterdir()):
+            if not force:
+                raise OptionError(f"{destination} exists; give another folder, or --force to replace it.")
+            _check_replaceable(destination)
     if not destination.absolute().parent.is_dir():
         raise OptionError(f"{destination.absolute().parent} is not a folder; make it first.")
+
+
+def readable_size(count: int) -> str:
+    """Bytes as people read them, in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -41,9 +48,17 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"The disk of {folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; free some room "
-            "or choose another folder."
+            f"The disk of {folder} has {readable_size(free)} free, but {readable_size(needed)} are needed; free some "
+            "room or choose another folder."
         )
+
+
+def make_folder(folder: Path) -> None:
+    """A new folder. Raises CheckpointError if it cannot be made."""
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{folder.parent} cannot be written: {error.strerror or error}.") from None
 
 
 @contextmanager
@@ -59,7 +74,7 @@ def written_aside(destination: Path, force: bool) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
-        if force and destination.exists():
+        if force and destination.exists() and any(destination.iterdir()):
             _exchange(aside, destination)
         else:
             aside.rename(destination)
@@ -74,10 +89,14 @@ def written_aside(destination: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_notes(folder: Path) -> dict[str, Any]:
-    """What the maker of a folder wrote down about it: its conversion.json or export.json."""
-    path = next(folder / name for name in MADE_BY_US if (folder / name).exists())
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_notes(folder: Path) -> dict[str, Any] | None:
+    """What the maker of a folder wrote down about it, its conversion.json or export.json; None if nobody did.
+
+    Raises:
+        CheckpointError: that is damaged.
+    """
+    path = next((folder / name for name in MADE_BY_US if (folder / name).exists()), None)
+    return None if path is None else read_json_object(path, CheckpointError)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -107,8 +126,33 @@ def _exchange(aside: Path, destination: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_replaceable(destination: Path) -> None:
+    """Whether everything in a folder was made by a conversion. Raises OptionError if not."""
+    notes = read_notes(destination)
+    if notes is None:
+        raise OptionError(f"{destination} is not a converted model; --force will not delete it.")
+    made = notes.get("sha256") or notes.get("files")
+    if not made:  # an older release's, which did not list its files
+        return
+    allowed = {*made, *MADE_BY_US, "README.md", "fidelity.json", ".DS_Store"}
+    others = sorted(path.name for path in destination.iterdir() if path.name not in allowed)
+    if others:
+        raise OptionError(
+            f"{destination} also holds {others[0]}, which --force will not delete; move it elsewhere first."
+        )
+
+
 def _remove_abandoned(destination: Path) -> None:
-    """Remove what a conversion to the same place left when it was killed outright, a day or more ago."""
-    for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
-        if time.time() - left.stat().st_mtime > 86400:
+    """Remove what a conversion to the same place left when it was killed outright.
+
+    Folders being written are kept for a day: another process may be at it. A replaced folder's remains are not needed
+    once the new one is in its place.
+    """
+    name = glob.escape(destination.name)
+    for left in [*destination.parent.glob(f".{name}.*.partial"), *destination.parent.glob(f".{name}.*.old")]:
+        try:
+            age = time.time() - left.stat().st_mtime
+        except OSError:  # its own process has just removed it
+            continue
+        if age > _ABANDONED_AFTER or (left.suffix == ".old" and destination.exists()):
             shutil.rmtree(left, ignore_errors=True)

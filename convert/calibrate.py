@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.generate import generate_step, prefill
 from mlx_fastvlm.loading import OnProgress
 from mlx_fastvlm.model import FastVLM
@@ -67,7 +68,7 @@ def calibrate(
     packed: dict[str, Packed] = {}
     for index, layer in enumerate(layers):
         caches = [model.make_cache()[index] for _ in states]
-        linears = _linears(layer, f"language_model.layers.{index}", quantization)
+        linears = _linears(f"language_model.layers.{index}", quantization)
         with _Watched(layer, linears) as watched:
             mx.eval([layer(x, cache) for x, cache in zip(states, caches, strict=True)])
         for path, (name, storage) in linears.items():
@@ -157,8 +158,14 @@ def _sample(model: FastVLM, processor: Processor, features: mx.array, prompt: st
     return embeddings
 
 
-def _linears(layer: nn.Module, prefix: str, quantization: QuantizationConfig) -> dict[str, tuple[str, Storage]]:
-    """Full path → (path within the layer, storage) of the matrices to calibrate."""
+def calibrated_layers(config: FastVLMConfig, quantization: QuantizationConfig) -> list[str]:
+    """Paths of the decoder's layers that calibration quantizes."""
+    depth = config.text_config.num_hidden_layers
+    return [path for index in range(depth) for path in _linears(f"language_model.layers.{index}", quantization)]
+
+
+def _linears(prefix: str, quantization: QuantizationConfig) -> dict[str, tuple[str, Storage]]:
+    """Full path → (path within the layer, storage) of the matrices of one layer to calibrate."""
     found = {}
     for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
         storage = quantization.storage(f"{prefix}.{name}")

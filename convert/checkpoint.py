@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_fastvlm.checkpoint_files import WEIGHT_SUFFIXES, is_training_state
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
-from .archive import WEIGHT_SUFFIXES, Folder, check_inside, is_training_state
+from .archive import Folder, check_inside
 from .torch_file import TorchFile
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
-_MAX_INDEX = 2**26  # bytes; the 7B checkpoint's index has 0.1 MB
 
 
 class Checkpoint:
@@ -96,8 +96,7 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
 
 def _weight_files(folder: Folder) -> list[str]:
     """Names of the files that hold a folder's weights, safetensors before PyTorch's, an index before a guess."""
-    present = {path.name for path in folder.path.iterdir() if path.is_file() and not path.name.startswith(".")}
-    present |= set(folder.embedded)
+    present = {name for name in folder.names() if not name.startswith(".")}
     for index in _INDEXES:
         if index in present:
             return _files_of_index(folder, index, present)
@@ -117,17 +116,16 @@ def _weight_files(folder: Folder) -> list[str]:
 
 
 def _files_of_index(folder: Folder, index: str, present: set[str]) -> list[str]:
-    path = check_inside(folder.path, folder.path / index)
+    shown = folder.origin / index
+    raw = read_json_object(check_inside(folder.path, folder.path / index), CheckpointError, shown=shown)
     try:
-        if path.stat().st_size > _MAX_INDEX:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable weight index ({error}); download it again.") from None
+        names = sorted(set(raw["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{shown} is not a readable weight index ({error}); download it again.") from None
     for name in names:
         # An index is data from outside: it must not lead out of its folder.
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{path} names {name!r}, which is not a file of its own folder.")
+            raise CheckpointError(f"{shown} names {name!r}, which is not a file of its own folder.")
         if name not in present:
             raise CheckpointError(f"{folder.origin} lacks the shard {name} that {index} names; finish the download.")
     return names

@@ -27,6 +27,7 @@ from mlx_fastvlm.config import FastVLMConfig, VisionConfig
 from mlx_fastvlm.errors import CheckpointError
 
 from .key_map import tower_sites
+from .layouts.apple_export import exported_checkpoint
 from .reparameterize import ConvBatchNormSite, ConvSite, ScaledLinearSite
 from .tensors import Tensors
 from .unfold import IDENTITY_BATCH_NORM
@@ -35,7 +36,8 @@ _SUFFIXES = ("", "_to_fp16")  # the second where the package computes in float16
 _MOVES = ("reshape", "transpose", "cast")  # operations that carry numbers on as they are
 _BLOB_SENTINEL, _BLOB_HEADER = 0xDEADBEEF, struct.Struct("<IIQQ")  # sentinel, type, bytes, offset of the data
 _MODEL_FOLDER = Path("Data") / "com.apple.CoreML"
-_WHOLE_CHECKPOINTS = {896: "apple/FastVLM-0.5B", 1536: "apple/FastVLM-1.5B", 3584: "apple/FastVLM-7B"}
+# What a graph that breaks every rule may lead to while it is walked: a wrong size or encoding, a missing output, a circle.
+_DAMAGE = (ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, OSError)
 
 
 def read_tower(mlpackage: Path, config: dict[str, Any]) -> Tensors:
@@ -52,13 +54,14 @@ def read_tower(mlpackage: Path, config: dict[str, Any]) -> Tensors:
         CheckpointError: coremltools is not installed, or the package does not hold this tower; the message names the
             checkpoint to convert instead.
     """
-    instead = _WHOLE_CHECKPOINTS.get(config.get("hidden_size"), "apple/FastVLM-0.5B")
-    tower = FastVLMConfig.from_dict(config).vision_config
+    whole = FastVLMConfig.from_dict(config)
+    instead = exported_checkpoint(whole.text_config.hidden_size)
     try:
-        return _CoreMLTower(dict(_tower_tensors(_Program(mlpackage), tower)))
-    except _UnexpectedGraph as error:
+        return _CoreMLTower(dict(_tower_tensors(_Program(mlpackage), whole.vision_config)))
+    except (_UnexpectedGraph, *_DAMAGE) as error:
         raise CheckpointError(
-            f"{mlpackage} does not hold FastViTHD as Apple exports it ({error}); convert {instead} instead."
+            f"{mlpackage} does not hold FastViTHD as Apple exports it ({error}); "
+            f"convert {instead} instead."
         ) from None
     except ImportError as error:
         raise CheckpointError(

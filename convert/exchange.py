@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mlx_fastvlm.config import read_config_dict
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.loading import FORMAT_KEY, OnProgress, as_path
+from mlx_fastvlm.loading import DEMO, FORMAT_KEY, OnProgress, as_path, resolve_model
 
-from .aside import check_destination
+from .aside import check_destination, check_room, make_folder
 from .export import export
 from .pipeline import convert
 from .source import opened
@@ -41,6 +41,8 @@ def convert_to(
         FastVLMError: a child says what is wrong; nothing is left behind.
     """
     path, destination = as_path(source), as_path(destination)
+    if str(source) == DEMO and not path.exists():
+        path = resolve_model(DEMO)
     if (path / "config.json").is_file() and FORMAT_KEY in read_config_dict(path):
         if revision or base or vision_tower:
             raise OptionError(
@@ -49,12 +51,20 @@ def convert_to(
         return export(path, destination, layout, dtype=dtype, force=force, on_progress=on_progress)
     check_destination(destination, force)
     origin = {"revision": revision, "base": base, "vision_tower": vision_tower}
-    converted = destination.absolute().parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.converted.partial"
+    work = destination.resolve().parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        convert(source, converted, **origin, on_progress=on_progress, source_name=str(source))
         with opened(source, destination, **origin) as found:
+            check_room(work.parent, 2 * sum(found.tensors.nbytes(name) for name in found.tensors.names()))
+            make_folder(work)
+            convert(source, work / "converted", **origin, on_progress=on_progress)
             return export(
-                converted, destination, layout, dtype=dtype, force=force, source=found.tensors, on_progress=on_progress
+                work / "converted",
+                destination,
+                layout,
+                dtype=dtype,
+                force=force,
+                source=found.tensors,
+                on_progress=on_progress,
             )
     finally:
-        shutil.rmtree(converted, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)

@@ -24,10 +24,12 @@ from mlx_fastvlm.config import FastVLMConfig, VisionConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.loading import DTYPES, FORMAT_KEY, OnProgress, as_path, is_converted
 from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.safetensors_file import DTYPE_NAMES
 
-from .aside import check_destination, check_room, write_json, written_aside
+from .aside import check_destination, check_room, read_notes, write_json, written_aside
 from .checkpoint import Checkpoint
 from .model_card import write_export_card
+from .record import NO_LICENSE, model_files
 from .tensors import Combined, Tensors, row_blocks
 from .tokenizer import write_tokenizer
 from .unfold import CLIP_HEAD, Exported, Shapes, Unfolded, hub_tensors, mlx_vlm_tensors
@@ -35,7 +37,6 @@ from .writer import SafetensorsWriter, Spec, stored_bytes
 
 RECORD = "export.json"  # where an export says what it is made of, and what its user should know
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
-_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NO_CLIP_HEAD = "CLIP's projection head, which FastVLM does not use, is not in a converted folder"
 
 
@@ -111,7 +112,7 @@ def export(
     target = _TARGETS[layout]
     exported = target.tensors(config, shapes)
     view = Unfolded(stored, exported)
-    dtype = dtype or _DTYPE_NAMES[stored.dtype("language_model.norm.weight")]
+    dtype = dtype or DTYPE_NAMES[stored.dtype("language_model.norm.weight")]
     specs = {name: (view.shape(name), _stored_type(view, name, dtype)) for name in view.names()}
     check_room(destination.absolute().parent, stored_bytes(specs))
 
@@ -127,7 +128,7 @@ def export(
         has_clip_head = any(tensor.parameter == CLIP_HEAD for tensor in exported)
         notices = [] if has_clip_head else [target.without_clip_head]
         record = _record(folder, layout, dtype, notices)
-        write_json(aside / RECORD, record)
+        write_json(aside / RECORD, {**record, "files": model_files(aside)})
         write_export_card(aside, destination.name, record)
     return destination
 
@@ -245,17 +246,15 @@ def _config_for(layout: str, raw_config: dict[str, Any], config: FastVLMConfig, 
 
 def _record(folder: Path, layout: str, dtype: str, notices: list[str]) -> dict[str, Any]:
     """export.json: where the weights come from, carried on from conversion.json."""
-    try:
-        conversion = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        conversion = {}  # a note about the weights, not a part of them
+    conversion = read_notes(folder) or {}  # a note about the weights, not a part of them
     return {
         "source": conversion.get("source", folder.name),
+        "base_model": conversion.get("base_model"),
         "revision": conversion.get("revision"),
-        "license": conversion.get("license", "not stated by the source"),
+        "license": conversion.get("license", NO_LICENSE),
         "layout": layout,
         "dtype": dtype,
-        "notices": notices,
+        "notices": [*conversion.get("notices", []), *notices],
         "converter": f"mlx-fastvlm {version('mlx-fastvlm')}",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -7,7 +7,6 @@ rank-stabilized LoRA (2312.03732), DoRA (2402.09353, section 4.3), as peft 0.21 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,18 +17,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_fastvlm.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR, TRAINER_FILES, is_projector_alone
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.json_file import read_json_object
 
 from .archive import Folder, check_inside
 from .checkpoint import Checkpoint
-from .tensors import Tensors, row_blocks
+from .tensors import Tensors, same_tensor
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PROJECTOR = "mm_projector.bin"  # all that LLaVA's first training stage stores
-_TRAINER_FILES = ("non_lora_trainables.bin", _PROJECTOR)
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_MAX_CONFIG = 2**24  # bytes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Fields of adapter_config.json that change nothing in how a trained adapter is applied.
@@ -151,12 +147,7 @@ class Adapter:
 def is_adapter(source: Path | Folder) -> bool:
     """Whether a folder holds a change to a model rather than a model."""
     folder = _as_folder(source)
-    if folder.holds(ADAPTER_CONFIG):
-        return True
-    names = {path.name for path in folder.path.iterdir()} | set(folder.embedded)
-    return _PROJECTOR in names and not any(
-        re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in names
-    )
+    return folder.holds(ADAPTER_CONFIG) or is_projector_alone(folder.names())
 
 
 def read_adapter(source: Path | Folder) -> Adapter:
@@ -171,14 +162,14 @@ def read_adapter(source: Path | Folder) -> Adapter:
     """
     folder = _as_folder(source)
     settings = _read_settings(folder)
-    files = [next((name for name in _ADAPTER_WEIGHTS if folder.holds(name)), None)] if settings else []
+    files = [next((name for name in ADAPTER_WEIGHTS if folder.holds(name)), None)] if settings else []
     if None in files:
         raise CheckpointError(
-            f"{folder.origin} has {ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS[0]}; finish the download."
+            f"{folder.origin} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}; finish the download."
         )
-    files += [name for name in _TRAINER_FILES if folder.holds(name)]
+    files += [name for name in TRAINER_FILES if folder.holds(name)]
     if not files:
-        raise CheckpointError(f"{folder.origin} has neither {ADAPTER_CONFIG} nor {_PROJECTOR}; expected an adapter.")
+        raise CheckpointError(f"{folder.origin} has neither {ADAPTER_CONFIG} nor {PROJECTOR}; expected an adapter.")
     parts: dict[str, dict[str, tuple[Tensors, str]]] = {}
     replacements: dict[str, Replacement] = {}
     for file in files:
@@ -186,10 +177,12 @@ def read_adapter(source: Path | Folder) -> Adapter:
         for name in tensors.names():
             found = _LOW_RANK.fullmatch(name)
             if found is None:
-                of_copy = file in _ADAPTER_WEIGHTS and ".base_layer." not in name
+                of_copy = file in ADAPTER_WEIGHTS and ".base_layer." not in name
                 _add_replacement(folder, replacements, tensors, name, of_copy)
             else:
                 _add_part(folder, parts, tensors, name, found)
+    if not parts and not replacements:
+        raise CheckpointError(f"{folder.origin} holds no tensors; download the adapter again.")
     low_rank = {module: _low_rank(folder, module, found, settings) for module, found in parts.items()}
     return Adapter(
         folder=folder.origin,
@@ -340,7 +333,7 @@ def _candidates(stored: str) -> Iterator[str]:
 def _settle_tied_head(tensors: Tensors, adapter: Adapter, changes: dict[str, _Change]) -> set[str]:
     """Give a tied head the weight it had in training; return what must be hidden for it."""
     embeddings, head = changes.get(_EMBEDDINGS), changes.get(_HEAD)
-    if embeddings is None or not _is_tied(tensors):
+    if embeddings is None or (_HEAD in tensors and not same_tensor(tensors, _EMBEDDINGS, _HEAD)):
         return set()
     trained_itself = embeddings.tensors is not tensors and not embeddings.of_copy
     shared = replace(embeddings, low_rank=None) if trained_itself else _Change(tensors, _EMBEDDINGS)
@@ -354,18 +347,6 @@ def _settle_tied_head(tensors: Tensors, adapter: Adapter, changes: dict[str, _Ch
     return set()
 
 
-def _is_tied(tensors: Tensors) -> bool:
-    """Whether the base's head is its embeddings: not stored, or stored as a copy."""
-    if _HEAD not in tensors:
-        return True
-    if tensors.shape(_HEAD) != tensors.shape(_EMBEDDINGS):
-        return False
-    return all(
-        mx.array_equal(rows, tensors.rows(_HEAD, start, start + rows.shape[0])).item()
-        for start, rows in row_blocks(tensors, _EMBEDDINGS)
-    )
-
-
 def _as_folder(source: Path | Folder) -> Folder:
     return source if isinstance(source, Folder) else Folder(source, source)
 
@@ -375,16 +356,9 @@ def _read_settings(folder: Folder) -> dict[str, Any]:
     path = folder.path / ADAPTER_CONFIG
     if not path.is_file():
         return {}
-    check_inside(folder.path, path)
-    try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(settings).__name__}; expected an object.")
-    _check_settings(path, settings)
+    shown = folder.origin / ADAPTER_CONFIG
+    settings = read_json_object(check_inside(folder.path, path), CheckpointError, shown=shown)
+    _check_settings(shown, settings)
     return settings
 
 
@@ -470,6 +444,9 @@ def _low_rank(
             f"{folder.origin} has DoRA on the embeddings ({module}), which is not supported; merge the adapter with peft."
         )
     expected = {a, b, "lora_magnitude_vector"} if uses_dora else {a, b}
+    lacking = sorted(expected - set(parts))
+    if lacking and settings:
+        raise CheckpointError(f"{folder.origin} lacks {' and '.join(lacking)} of {module}; download the adapter again.")
     if set(parts) != expected or not settings or len({id(tensors) for tensors, _ in parts.values()}) > 1:
         raise CheckpointError(
             f"{folder.origin} has {', '.join(sorted(parts))} of {module}; expected {', '.join(sorted(expected))}"

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_fastvlm.hub import is_hub_id
-
-from .record import read_record
+from .record import APPLE_LICENSE, read_record
 
 CARD = "README.md"
 FIDELITY = "fidelity.json"
-APPLE_LICENSE = "apple-amlr"
 # The notice and the disclosure that Apple's license asks of everyone who passes the model on.
 _APPLE_NOTICE = (
     "Apple Machine Learning Research Model is licensed under the "
@@ -72,7 +69,7 @@ def changes(record: dict[str, Any]) -> list[str]:
         said = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in folded.items() if count)
         error = record["self_check"]["max_relative_error"]
         lines.append(
-            f"Folded into the weights, in float32: {said}. Measured difference: at most {error:.0e} (relative)."
+            f"Folded into the weights, in float32: {said}. This changes their outputs by at most {error:.0e} (relative)."
         )
     lines.append(f"Stored as {record['dtype']}.")
     quantization = record.get("quantization")
@@ -88,8 +85,8 @@ def changes(record: dict[str, Any]) -> list[str]:
 
 def _front_matter(folder: Path, record: dict[str, Any], tags: Sequence[str]) -> str:
     lines = ["pipeline_tag: image-text-to-text", f"tags: [{', '.join(tags)}]"]
-    if is_hub_id(record["source"]):
-        lines.insert(0, f"base_model: {record['source']}")
+    if record.get("base_model"):
+        lines.insert(0, f"base_model: {record['base_model']}")
     if _is_apples(record):
         lines += ["license: other", f"license_name: {APPLE_LICENSE}", f"license_link: {_license_link(folder)}"]
     elif record["license"].startswith(("see ", "not ")):
@@ -100,7 +97,7 @@ def _front_matter(folder: Path, record: dict[str, Any], tags: Sequence[str]) -> 
 
 
 def _is_apples(record: dict[str, Any]) -> bool:
-    return record["license"] == APPLE_LICENSE or str(record["source"]).startswith("apple/")
+    return record["license"] == APPLE_LICENSE or str(record.get("base_model")).startswith("apple/")
 
 
 def _license_link(folder: Path) -> str:

@@ -15,16 +15,17 @@ import mlx.core as mx
 
 from mlx_fastvlm.config import FastVLMConfig, vision_config_dict
 from mlx_fastvlm.errors import CheckpointError, OptionError
+from mlx_fastvlm.hub import is_hub_id
 from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.loading import DTYPES, FORMAT_KEY, FORMAT_VERSION, OnProgress, as_path
-from mlx_fastvlm.quantization import QuantizationConfig
-from mlx_fastvlm.safetensors_file import check_safetensors
+from mlx_fastvlm.quantization import QuantizationConfig, part_of
+from mlx_fastvlm.safetensors_file import DTYPE_NAMES, check_safetensors
 
 from .aside import check_destination, check_room, write_json, written_aside
 from .key_map import check_names, sites
 from .model_card import write_card
 from .recipes import Recipe, plan
-from .record import RECORD, checksums, stamp, stated_license
+from .record import RECORD, checksums, local_origin, model_files, stamp, stated_license
 from .reparameterize import AnySite, ConvBatchNormSite, ConvSite, ScaledLinearSite, StackSite
 from .self_check import self_check
 from .source import Source, opened
@@ -33,9 +34,8 @@ from .tokenizer import write_tokenizer
 from .weights import WeightErrors, parameter_shapes, site_blocks, stored_specs, write_weights
 from .writer import stored_bytes
 
-_STORED_DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_SMALL_FILES = 64 * 2**20  # bytes of disk for everything beside the weights
+SMALL_FILES = 16 * 2**20  # bytes of disk for everything beside the weights: a tokenizer, mostly
 
 
 def convert(
@@ -63,7 +63,7 @@ def convert(
         vision_tower: a file or folder with a FastViTHD alone, in place of the checkpoint's.
         force: replace `destination` if it exists.
         on_progress: called with (what is being done, bytes done, bytes in all).
-        source_name: what conversion.json calls the source, if not `source` itself.
+        source_name: what conversion.json calls the source in place of its own name, e.g. the hub id of a download.
 
     Returns:
         The destination.
@@ -75,10 +75,10 @@ def convert(
     check_dtype(dtype)
     check_destination(destination, force)
     with ExitStack() as stack:
-        opening = opened(source, destination, revision=revision, base=base, vision_tower=vision_tower)
-        found = stack.enter_context(opening)
+        origin = {"revision": revision, "base": base, "vision_tower": vision_tower}
+        found = stack.enter_context(opened(source, destination, **origin, on_progress=on_progress))
         conversion = _checked(found, dtype, recipe)
-        check_room(destination.absolute().parent, conversion.stored_bytes() + _SMALL_FILES)
+        check_room(destination.absolute().parent, conversion.stored_bytes() + SMALL_FILES)
         aside = stack.enter_context(written_aside(destination, force))
         check = self_check(conversion.sites, found.tensors)
         blocks = site_blocks(conversion.sites, found.tensors, on_progress)
@@ -105,13 +105,15 @@ def convert(
         )
         record = {
             "source": source_name or found.name,
+            "base_model": source_name if source_name and is_hub_id(source_name) else found.hub_id,
             "revision": found.revision,
+            "origin": None if source_name else local_origin(found.places, destination),
             "layout": found.layout,
             "license": stated_license(found.folder),
             "dtype": conversion.dtype,
             "folded": _folded(conversion.sites, found.tensors),
             "dropped": Counter(conversion.dropped.values()),
-            "notices": [*found.notices, *conversion.notices],
+            "notices": [*found.notices, *conversion.notices, *left_out(conversion.quantization)],
             "self_check": asdict(check),
         }
         finish(aside, destination.name, record, conversion.quantized_facts(errors), on_progress)
@@ -134,6 +136,22 @@ def copy_notices(source: Path, destination: Path) -> None:
 def quantization_entry(quantization: QuantizationConfig | None) -> dict[str, Any]:
     """What config.json says of it: nothing, if nothing is quantized."""
     return {} if quantization is None else {"quantization": quantization.to_dict()}
+
+
+def left_out(quantization: QuantizationConfig | None) -> list[str]:
+    """A notice on the layers that keep their type although their part is quantized."""
+    if quantization is None:
+        return []
+    counts = Counter(
+        part_of(path)
+        for path, storage in quantization.layers.items()
+        if storage is None and quantization.parts[part_of(path)]
+    )
+    return [
+        f"{count} {'layer' if count == 1 else 'layers'} of {part} could not be quantized in groups of "
+        f"{quantization.parts[part].group_size}, which do not divide the rows."
+        for part, count in counts.items()
+    ]
 
 
 def quantized_facts(
@@ -164,7 +182,7 @@ def finish(
 ) -> None:
     """Check what was written and add conversion.json and the model card."""
     check_safetensors(aside / "model.safetensors")
-    total, done = sum(path.stat().st_size for path in aside.iterdir()), 0
+    total, done = sum((aside / name).stat().st_size for name in model_files(aside)), 0
 
     def on_bytes(count: int) -> None:
         nonlocal done
@@ -172,7 +190,7 @@ def finish(
         if on_progress:
             on_progress("Checksums", done, total)
 
-    sums = checksums(aside, on_bytes)
+    sums = checksums(aside, model_files(aside), on_bytes)
     write_json(aside / RECORD, {**record, "quantization": quantization, **stamp(), "sha256": sums})
     write_card(aside, name)
 
@@ -220,7 +238,7 @@ def _checked(source: Source, dtype: str | None, recipe: Recipe | None) -> _Conve
     _check_shapes(found, tensors, shapes)
     return _Conversion(
         config=config,
-        dtype=dtype or _STORED_DTYPES.get(tensors.dtype(_EMBEDDINGS), "float32"),
+        dtype=dtype or DTYPE_NAMES.get(tensors.dtype(_EMBEDDINGS), "float32"),
         sites=found,
         shapes={name: shapes[name] for name in names},
         quantization=None if recipe is None else plan(config, recipe),

@@ -8,25 +8,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.loading import DTYPES, OnProgress, as_path, is_converted, load_model
 from mlx_fastvlm.processor import Processor
-from mlx_fastvlm.safetensors_file import SafetensorsFile
+from mlx_fastvlm.safetensors_file import DTYPE_NAMES, SafetensorsFile
 
+from .archive import check_inside
 from .aside import check_destination, check_room, write_json, written_aside
-from .calibrate import PROMPTS, calibrate
-from .pipeline import finish, quantization_entry, quantized_facts
+from .calibrate import PROMPTS, calibrate, calibrated_layers
+from .pipeline import SMALL_FILES, copy_notices, finish, left_out, quantization_entry, quantized_facts
 from .recipes import RECIPES, Recipe, choose, plan
-from .record import RECORD, read_record
+from .record import local_origin, origin_places, read_record
 from .tensors import row_blocks
+from .tokenizer import NOTES as TOKENIZER_NOTES
 from .weights import Block, parameter_shapes, stored_specs, write_weights
 from .writer import stored_bytes
 
 __all__ = ["RECIPES", "Recipe", "choose", "quantize"]
 
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_REMADE = ("config.json", "model.safetensors", RECORD, "README.md", "fidelity.json")
+_KEPT = ("tokenizer.json", "preprocessor_config.json", *TOKENIZER_NOTES)
 
 
 def quantize(
@@ -73,12 +76,18 @@ def quantize(
         raise OptionError(f"Source and destination are the same folder, {folder}.")
     record = read_record(folder)
     weights = SafetensorsFile(folder / "model.safetensors")
-    dtype = DTYPES[_STORED[weights.dtype("language_model.norm.weight")]]
+    dtype = DTYPES[DTYPE_NAMES[weights.dtype("language_model.norm.weight")]]
     shapes = parameter_shapes(config)
     quantization = plan(config, recipe)
+    if images and not any(calibrated_layers(config, quantization)):
+        raise OptionError(
+            f"Pictures calibrate the decoder's layers in affine modes; recipe {recipe.name} has none, so leave them out."
+        )
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise OptionError(f"{destination} lies in {folder}, which is read; give a folder elsewhere.")
     with ExitStack() as stack:
         needed = stored_bytes(stored_specs(shapes, dtype, quantization))
-        check_room(destination.absolute().parent, needed)
+        check_room(destination.absolute().parent, needed + SMALL_FILES)
         aside = stack.enter_context(written_aside(destination, force))
         calibrated = {}
         if images:
@@ -88,11 +97,14 @@ def quantize(
         blocks = _blocks(weights, on_progress)
         errors = write_weights(aside / "model.safetensors", shapes, blocks, dtype, quantization, calibrated)
         for path in folder.iterdir():
-            if path.is_file() and path.name not in _REMADE:
-                shutil.copyfile(path, aside / path.name)
+            if path.is_file() and path.name in _KEPT:
+                shutil.copyfile(check_inside(folder, path), aside / path.name)
+        copy_notices(folder, aside)
         write_json(aside / "config.json", {**raw_config, **quantization_entry(quantization)})
         facts = quantized_facts(shapes, dtype, quantization, errors, len(images))
         kept = {key: record[key] for key in record if key not in ("sha256", "created", "converter", "quantization")}
+        kept["origin"] = local_origin(origin_places(record, folder), destination)
+        kept["notices"] = [*record["notices"], *left_out(quantization)]
         finish(aside, destination.name, kept, facts, on_progress)
     return destination
 
@@ -102,7 +114,7 @@ def _blocks(weights: SafetensorsFile, on_progress: OnProgress | None) -> Iterato
     total, done = sum(weights.nbytes(name) for name in weights.names()), 0
     for name in weights.names():
         for start, rows in row_blocks(weights, name):
-            yield name, start, rows
+            yield name, start, rows.astype(mx.float32)
         done += weights.nbytes(name)
         if on_progress:
             on_progress("Quantizing", done, total)

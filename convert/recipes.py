@@ -51,9 +51,9 @@ def parse_storage(text: str) -> Storage | None:
     if text in MODES and text != "affine":
         (bits,), (group_size,) = MODES[text]
         return Storage(bits, group_size, text)
-    bits, _, group_size = text.partition(":")
+    bits, colon, group_size = text.partition(":")
     try:
-        return Storage(int(bits), int(group_size or _DEFAULT_GROUP))
+        return Storage(int(bits), int(group_size) if colon else _DEFAULT_GROUP)
     except (ValueError, ConfigError):
         raise OptionError(
             f"{text!r} is no way to quantize; expected 2, 3, 4, 5, 6 or 8 bits, with a group size of 32, 64 or 128 "

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.json_file import read_json_object
 
 RECORD = "conversion.json"
+APPLE_LICENSE = "apple-amlr"
+APPLE_LICENSE_TITLE = "Apple Machine Learning Research Model"
+NO_LICENSE = "not stated by the source"
+_LICENSE_HEAD = 2000  # characters in which a license's text names itself
+_ENTRIES = {
+    "source": str,
+    "license": str,
+    "dtype": str,
+    "folded": dict,
+    "notices": list,
+    "self_check": dict,
+    "created": str,
+    "converter": str,
+}
 # Files that may change after the conversion without touching the model.
 UNCHECKED = (RECORD, "README.md", "fidelity.json")
 _BLOCK = 2**22
@@ -28,31 +43,68 @@ def stamp() -> dict[str, str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A converted folder's conversion.json. Raises CheckpointError if it is missing or damaged."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {RECORD}, so it is not a model that mlx-fastvlm converted.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / RECORD} is damaged ({error}); convert the model again.") from None
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{folder / RECORD} is damaged; convert the model again.")
+    """A converted folder's conversion.json.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or lacks what every release has written.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {RECORD}, so it is not a model that mlx-fastvlm converted.")
+    record = read_json_object(path, CheckpointError)
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(record.get(name), kind)]
+    sums = record.get("sha256", {})
+    if not isinstance(sums, dict) or any(Path(name).name != name for name in sums):
+        wrong.append("sha256")
+    if wrong:
+        raise CheckpointError(f"{path} is damaged (see {wrong[0]}); convert the model again.")
     return record
 
 
-def checksums(folder: Path, on_bytes: Callable[[int], None] | None = None) -> dict[str, str]:
-    """SHA-256 of every file that makes up the model, by name; `on_bytes` is told how much was read."""
+def local_origin(places: Mapping[str, Path] | None, destination: Path) -> dict[str, str] | None:
+    """Where a source lies, as seen from the model's folder: that holds wherever one stands, and names no home folder.
+
+    Args:
+        places: role → absolute path (see `source.Source`), or None if the source was downloaded.
+        destination: the model's folder.
+    """
+    if places is None:
+        return None
+    home = destination.resolve()
+    return {role: os.path.relpath(path, home) for role, path in places.items()}
+
+
+def origin_places(record: Mapping[str, Any], folder: Path) -> dict[str, Path] | None:
+    """`local_origin` read back: role → path, if all of them are still there."""
+    origin = record.get("origin")
+    if not isinstance(origin, dict) or "source" not in origin:
+        return None
+    places = {role: (folder.resolve() / str(path)).resolve() for role, path in origin.items()}
+    return places if all(path.exists() for path in places.values()) else None
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files that make up the model."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.name not in UNCHECKED and not path.name.startswith(".")
+    )
+
+
+def checksums(folder: Path, names: Iterable[str], on_bytes: Callable[[int], None] | None = None) -> dict[str, str]:
+    """SHA-256 of the files of these names that are there; `on_bytes` is told how much was read."""
     sums = {}
-    for path in sorted(folder.iterdir()):
-        if path.name in UNCHECKED or not path.is_file():
+    for name in names:
+        if not (folder / name).is_file():
             continue
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        with (folder / name).open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
                 if on_bytes:
                     on_bytes(len(block))
-        sums[path.name] = digest.hexdigest()
+        sums[name] = digest.hexdigest()
     return sums
 
 
@@ -64,6 +116,9 @@ def stated_license(folder: Path) -> str:
         front_matter = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
         lines = front_matter[1] if front_matter else ""
         stated = dict(re.findall(r"^(license|license_name):\s*['\"]?([\w.-]+)", lines, re.MULTILINE))
-        if "license" in stated:
+        if stated.get("license", "unknown") != "unknown":
             return stated.get("license_name", stated["license"])
-    return "see LICENSE" if any(folder.glob("LICENSE*")) else "not stated by the source"
+    texts = sorted(folder.glob("LICENSE*"))
+    if any(APPLE_LICENSE_TITLE in path.read_text(encoding="utf-8", errors="replace")[:_LICENSE_HEAD] for path in texts):
+        return APPLE_LICENSE
+    return "see LICENSE" if texts else NO_LICENSE

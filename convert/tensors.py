@@ -117,6 +117,14 @@ class Combined:
         raise KeyError(name)
 
 
+def same_tensor(tensors: Tensors, first: str, second: str) -> bool:
+    """Whether two tensors have the same shape and the same numbers, compared by blocks of rows."""
+    return tensors.shape(first) == tensors.shape(second) and all(
+        mx.array_equal(tensors.rows(second, start, start + len(rows)) if rows.ndim else tensors[second], rows).item()
+        for start, rows in row_blocks(tensors, first)
+    )
+
+
 def row_blocks(tensors: Tensors, name: str, max_bytes: int = 2**26) -> Iterator[tuple[int, mx.array]]:
     """A tensor in blocks of whole rows of at most about `max_bytes` in float32: (first row, rows)."""
     shape = tensors.shape(name)

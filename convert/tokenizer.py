@@ -7,19 +7,20 @@ pattern below, byte-level BPE).
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.json_file import read_json_object
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 REQUIRED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # the prompt's frame and the ends of an answer
-_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+NOTES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def write_tokenizer(source: Path, destination: Path) -> None:
@@ -33,7 +34,7 @@ def write_tokenizer(source: Path, destination: Path) -> None:
     if missing:
         raise CheckpointError(f"The tokenizer in {source} lacks {', '.join(missing)}; expected Qwen2's special tokens.")
     tokenizer.save(str(destination / "tokenizer.json"))
-    for name in _COPIED:
+    for name in NOTES:
         if (source / name).exists():
             shutil.copyfile(source / name, destination / name)
 
@@ -45,11 +46,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception for a damaged file
             raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
-    vocabulary = _read_json(folder / "vocab.json")
+    vocabulary = read_json_object(folder / "vocab.json", CheckpointError)
     try:
         merge_lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no merges.txt; finish the download.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / 'merges.txt'} cannot be read ({error}); download it again.") from None
     merges = [tuple(line.split(" ")) for line in merge_lines if line and not line.startswith("#version")]
     if any(len(merge) != 2 for merge in merges):
         raise CheckpointError(
@@ -74,10 +77,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Append added_tokens.json's entries at the ids it gives; tokenizer_config.json says which are not special."""
-    added = _read_json(folder / "added_tokens.json")
-    details = {}
-    if (folder / "tokenizer_config.json").exists():
-        details = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = read_json_object(folder / "added_tokens.json", CheckpointError)
+    if not all(type(token_id) is int for token_id in added.values()):
+        raise CheckpointError(f"{folder / 'added_tokens.json'} does not give every token an id; download it again.")
+    details = _details(folder)
     for content, token_id in sorted(added.items(), key=lambda item: item[1]):
         flags = details.get(str(token_id), {})
         token = AddedToken(
@@ -96,13 +99,14 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             )
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; finish the download.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
+def _details(folder: Path) -> dict[str, dict[str, Any]]:
+    """What tokenizer_config.json says about added tokens, by their ids; {} if there is no such file."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    details = read_json_object(path, CheckpointError).get("added_tokens_decoder", {})
+    if not isinstance(details, dict) or not all(isinstance(flags, dict) for flags in details.values()):
+        raise CheckpointError(
+            f"{path} is damaged: added_tokens_decoder is not an object of objects. Download it again."
+        )
+    return details

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_fastvlm.config import FastVLMConfig
+from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.loading import OnProgress
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.quantization import QuantizationConfig, Storage, part_of
@@ -74,8 +75,10 @@ def storage_of(name: str, shape: tuple[int, ...], quantization: QuantizationConf
     return quantization.storage(name.removesuffix(SUFFIX))
 
 
-def site_blocks(found: Iterable[AnySite], tensors: Tensors, on_progress: OnProgress | None) -> Iterator[Block]:
-    """Every site folded, in order; what is only copied or stacked passes by blocks of rows."""
+def site_blocks(
+    found: Iterable[AnySite], tensors: Tensors, on_progress: OnProgress | None, what: str = "Converting"
+) -> Iterator[Block]:
+    """Every site folded, in order; what is only copied or stacked passes by blocks of rows. `what` is for progress."""
     found = list(found)
     total = sum(tensors.nbytes(name) for site in found for name in site.sources(tensors))
     done = 0
@@ -91,7 +94,7 @@ def site_blocks(found: Iterable[AnySite], tensors: Tensors, on_progress: OnProgr
                 yield name, 0, array
         done += sum(tensors.nbytes(name) for name in site.sources(tensors))
         if on_progress:
-            on_progress("Converting", done, total)
+            on_progress(what, done, total)
 
 
 def write_weights(
@@ -114,11 +117,16 @@ def write_weights(
 
     Returns:
         What quantization lost.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or too large for float16.
     """
     calibrated = calibrated or {}
     errors = WeightErrors()
     with SafetensorsWriter(path, stored_specs(shapes, dtype, quantization), {"format": "mlx"}) as writer:
         for name, start, rows in blocks:
+            if not mx.all(mx.isfinite(rows)).item():
+                raise CheckpointError(f"{name} holds NaN or infinity from row {start} on; the checkpoint is damaged.")
             storage = storage_of(name, shapes[name], quantization)
             if storage is None:
                 writer.write(name, rows, start)

@@ -6,13 +6,13 @@ Reads the hub's LlavaQwen2 config and the one our converter writes (the same, wi
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.errors import ConfigError
+from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.quantization import QuantizationConfig
 
 MODEL_TYPE = "llava_qwen2"
@@ -155,30 +155,28 @@ class FastVLMConfig:
         return cls.from_dict(read_config_dict(folder))
 
 
-def read_config_dict(folder: Path) -> dict[str, Any]:
+def read_config_dict(folder: Path, origin: Path | None = None) -> dict[str, Any]:
     """Parse `folder`/config.json without interpreting it.
+
+    Args:
+        folder: where it is read.
+        origin: what messages call the folder, where that is a temporary copy.
 
     Raises:
         ConfigError: there is no such file, or it is not a JSON object.
     """
-    return _read_json_object(folder / "config.json", f"{folder} has no config.json, so it is not a model folder.")
+    shown = origin or folder
+    return read_json_object(
+        folder / "config.json",
+        ConfigError,
+        if_missing=f"{shown} has no config.json, so it is not a model folder.",
+        shown=shown / "config.json",
+    )
 
 
 def vision_config_dict(config: VisionConfig) -> dict[str, Any]:
     """`config` as the `vision_config` object of a config.json."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-
-
-def _read_json_object(path: Path, if_missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(if_missing) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
 
 
 def _refuse_what_is_not_fastvlm(raw: dict[str, Any]) -> None:
@@ -230,6 +228,8 @@ def _read_vision_config(raw: dict[str, Any]) -> VisionConfig:
 def _read_text_config(raw: dict[str, Any]) -> TextConfig:
     # transformers 5 moved rope_theta into rope_parameters; older files have it at the top.
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"config.json's rope_parameters is a {type(rope).__name__}; expected an object.")
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(
             f"config.json asks for rope_type {rope['rope_type']!r}; FastVLM uses plain rotary embeddings."

@@ -1,7 +1,6 @@
-"""Reading single tensors out of .safetensors files, bfloat16 included, and writing such files tensor by tensor.
+"""Reading single tensors, or rows of them, out of .safetensors files, bfloat16 included.
 
-`safetensors` checks the header; its numpy and mlx front ends refuse bfloat16 and its writer wants all tensors in memory
-at once, which is why the bytes are moved here.
+`safetensors` checks the header; its numpy and mlx front ends refuse bfloat16, which is why the bytes are moved here.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,7 +31,9 @@ _DTYPES: dict[str, tuple[type, mx.Dtype]] = {
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+# safetensors' dtype name → the type that weights stored so are kept in
+DTYPE_NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class SafetensorsFile:
@@ -87,7 +87,13 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: tensor {name} is of type {entry['dtype']}; expected F32, F16 or BF16.")
         raw_type, dtype = _DTYPES[entry["dtype"]]
         offset = self._data_start + entry["data_offsets"][0] + skipped_bytes
-        raw = np.fromfile(self.path, raw_type, count=math.prod(shape), offset=offset).reshape(shape)
+        try:
+            raw = np.fromfile(self.path, raw_type, count=math.prod(shape), offset=offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.") from None
+        if raw.size != math.prod(shape):
+            raise CheckpointError(f"{self.path} has become shorter while it was read; {name} is cut off.")
+        raw = raw.reshape(shape)
         if raw_type is np.float64:
             return mx.array(raw.astype(np.float32))
         array = mx.array(raw)
@@ -177,45 +183,3 @@ def check_safetensors(path: Path) -> None:
         raise CheckpointError(f"{path} is cut off or damaged ({error}); download or convert the model again.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def write_safetensors(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: mx.Dtype,
-    tensors: Iterable[tuple[str, mx.array]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a file in one pass, holding one tensor at a time.
-
-    Args:
-        path: the new file.
-        shapes: name → shape of every tensor, in the order in which `tensors` brings them.
-        dtype: type of all of them: float32, float16 or bfloat16.
-        tensors: (name, array) in that order; cast to `dtype` here.
-        metadata: strings for the header's `__metadata__`.
-
-    Raises:
-        CheckpointError: a value does not fit float16.
-        OSError: the disk is full, or the file cannot be written.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, shape in shapes.items():
-        size = int(np.prod(shape)) * dtype.size
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned, as safetensors itself does
-    expected = iter(shapes.items())
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, array in tensors:
-            assert (name, tuple(array.shape)) == next(expected), f"{name} {array.shape} comes out of order"
-            data = array.astype(dtype)
-            if dtype == mx.float16 and mx.any(mx.isinf(data) & mx.isfinite(array)).item():
-                raise CheckpointError(f"{name} has values beyond float16's 65504; convert to bfloat16 or float32.")
-            # numpy has no bfloat16: its bytes travel as 16-bit integers. Not ndarray.tofile, which hides a full disk.
-            raw = np.array(data.view(mx.uint16) if dtype == mx.bfloat16 else data)
-            file.write(np.ascontiguousarray(raw).data)
-    assert next(expected, None) is None, "a tensor of the header was not written"

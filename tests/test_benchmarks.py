@@ -2,13 +2,14 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm.benchmarks import cold_start, conversion, peers, picture, report, runner, ttft
+from mlx_fastvlm.benchmarks import child, cold_start, conversion, peers, picture, report, runner, ttft
 from mlx_fastvlm.benchmarks.command import BenchmarkError
 from mlx_fastvlm.benchmarks.runner_process import RunnerProcess, Unavailable
 from tests.conftest import GOLDEN
@@ -46,7 +47,7 @@ def test_a_table_lines_up():
 
 
 def test_saving_leaves_the_old_file_when_the_new_one_fails(tmp_path):
-    path = tmp_path / "results" / "x.json"
+    path = tmp_path / "x.json"
     report.save_json(path, {"a": 1})
     with pytest.raises(TypeError):
         report.save_json(path, {"a": object()})
@@ -116,6 +117,22 @@ def test_peers_runs_with_ours_alone(capsys, hub_folder):
     assert 0 < ours["ttft_s"]["median"] < ours["start_s"] + 60
     assert ours["ttft_over_ours"]["median"] == 1.0
     assert "all 5" in table
+
+
+def test_children_import_nothing_of_the_current_folder(tmp_path, monkeypatch):
+    for name in ("json", "runpy", "random", "mlx", "trap"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'has-run')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    command = child.module_command("json.tool", "--indent", "1")  # in the standard library, not the one here
+    done = subprocess.run(command, input="[1]", capture_output=True, text=True, check=True)
+    assert done.stdout == "[\n 1\n]\n"
+    assert ttft.resolve_aside("demo").name == "demo"
+    assert cold_start.import_times(1)[1].median > 0
+    with pytest.raises(BenchmarkError, match="The unheard-of runner broke: KeyError"):
+        RunnerProcess("unheard-of", tmp_path, sys.executable, "auto")
+    refused = subprocess.run(child.code_command("import trap"), capture_output=True, text=True)
+    assert "No module named 'trap'" in refused.stderr
+    assert not (tmp_path / "has-run").exists()
 
 
 def test_a_peer_that_is_not_there_is_named_with_the_reason(tmp_path):

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,8 +19,9 @@ from mlx_fastvlm.convert.key_map import sites, tower_sites
 from mlx_fastvlm.convert.reparameterize import ConvSite
 from mlx_fastvlm.convert.self_check import self_check
 from mlx_fastvlm.convert.tokenizer import read_tokenizer
+from mlx_fastvlm.convert.writer import SafetensorsWriter
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, OptionError
-from mlx_fastvlm.safetensors_file import SafetensorsFile, write_safetensors
+from mlx_fastvlm.safetensors_file import SafetensorsFile
 from tests.conftest import golden_seed
 from tests.reference.hub_checkpoint import write_hub_checkpoint
 from tests.tolerances import FEATURES, relative_error
@@ -195,8 +198,11 @@ def test_values_too_large_for_float16_are_refused(checkpoint, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_noticed():
-    with pytest.raises(OSError) as caught:
-        write_safetensors(Path("/dev/full"), {"x": (4,)}, mx.float32, [("x", mx.zeros(4))], {})
+    with (
+        pytest.raises(OSError) as caught,
+        SafetensorsWriter(Path("/dev/full"), {"x": ((4,), mx.float32)}, {}) as writer,
+    ):
+        writer.write("x", mx.zeros(4))
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -330,3 +336,57 @@ def test_a_hub_tokenizer_json_is_used_as_it_is(checkpoint):
 def test_a_converted_folder_is_not_converted_again(converted_folder, tmp_path):
     with pytest.raises(CheckpointError, match="converted already"):
         convert(converted_folder("inference"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.mm_projector.0.bias"])
+def test_a_number_that_is_none_stops_the_conversion(name, value, checkpoint, tmp_path):
+    def spoil(tensors):
+        tensors[name] = mx.where(mx.arange(tensors[name].shape[-1]) == 3, value, tensors[name])
+
+    rewrite(checkpoint, spoil)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        convert(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_force_does_not_delete_what_it_did_not_make(hub_folder, tmp_path):
+    folder = convert(hub_folder("inference"), tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OptionError, match="notes.txt"):
+        convert(hub_folder("inference"), tmp_path / "out", force=True)
+    (folder / "notes.txt").unlink()
+    convert(hub_folder("training"), tmp_path / "out", force=True)
+
+
+def test_an_empty_folder_may_be_filled(hub_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert (convert(hub_folder("inference"), tmp_path / "out") / "model.safetensors").exists()
+
+
+def test_a_destination_inside_the_source_is_refused(checkpoint):
+    with pytest.raises(OptionError, match="lies in"):
+        convert(checkpoint, checkpoint / "out")
+    assert not (checkpoint / "out").exists()
+
+
+def test_what_a_killed_conversion_left_is_removed(hub_folder, tmp_path):
+    convert(hub_folder("inference"), tmp_path / "out")
+    for name, age in (
+        (".out.1.partial", 90_000),
+        (".out.2.partial", 60),
+        (".out.3.old", 60),
+        (".outer.4.partial", 90_000),
+    ):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    convert(hub_folder("inference"), tmp_path / "out", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.2.partial", ".outer.4.partial"}
+
+
+def test_a_disk_without_room_is_known_before_anything_is_written(hub_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    with pytest.raises(CheckpointError, match="10 MB free"):
+        convert(hub_folder("inference"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from mlx_fastvlm import generate_step, load
+from mlx_fastvlm import generate, generate_step, load
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.checkpoint import Checkpoint
+from mlx_fastvlm.convert.exchange import convert_to
 from mlx_fastvlm.convert.export import _config_for, export
 from mlx_fastvlm.convert.key_map import sites
 from mlx_fastvlm.convert.tokenizer import read_tokenizer
@@ -22,6 +24,7 @@ from tests.reference.hub_checkpoint import write_hub_checkpoint
 from tests.tolerances import relative_error
 
 FORMS = ("inference", "training")
+PICTURE = Path(__file__).parent.parent / "examples" / "shapes-two.png"
 
 # What conversion folds: these come back folded, and everything else as it was.
 FOLDED = re.compile(r".*\.(convffn\.(conv\..*|fc2\.\w+)|token_mixer\.proj\.\w+|layer_scale(_\d)?)")
@@ -158,7 +161,7 @@ def test_license_and_origin_travel_along(hub_folder, tmp_path):
     hub = export(convert(source, tmp_path / "ours"), tmp_path / "hub", "hub", dtype="float16")
     assert (hub / "LICENSE").read_text() == "terms" and (hub / "ACKNOWLEDGEMENTS").read_text() == "thanks"
     record = json.loads((hub / "export.json").read_text())
-    assert record["source"] == str(source) and record["layout"] == "hub" and record["dtype"] == "float16"
+    assert record["source"] == source.name and record["layout"] == "hub" and record["dtype"] == "float16"
     assert json.loads((hub / "config.json").read_text())["torch_dtype"] == "float16"
     assert Checkpoint(hub).dtype("model.norm.weight") == "F16"
     assert Checkpoint(hub).dtype(next(n for n in Checkpoint(hub).names() if n.endswith("batches_tracked"))) == "I64"
@@ -232,3 +235,29 @@ def test_an_existing_folder_is_replaced_only_when_asked(bfloat16_folder, tmp_pat
         export(bfloat16_folder, hub, "hub")
     export(bfloat16_folder, hub, "hub", dtype="float32", force=True)
     assert Checkpoint(hub).dtype("model.norm.weight") == "F32"
+
+
+def test_what_the_user_should_know_comes_along(tmp_path):
+    source = write_hub_checkpoint(tmp_path / "hub", config="tiny", lm_head="absent")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    folder = convert_to("hub", source, tmp_path / "back")
+    record = json.loads((folder / "export.json").read_text())
+    assert any("no lm_head is stored" in notice for notice in record["notices"])
+    assert record["source"] == "hub" and "no lm_head is stored" in (folder / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"hub", "back"}
+
+
+def test_the_demo_can_be_exported(tmp_path):
+    folder = convert_to("hub", "demo", tmp_path / "demo-hub")
+    answers = [generate(*load(model), "Describe this image.", image=PICTURE) for model in ("demo", folder)]
+    assert answers[0] == answers[1]
+
+
+def test_room_for_both_copies_is_needed_at_once(hub_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    size = (hub_folder("inference") / "model.safetensors").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1.5 * size)))
+    with pytest.raises(CheckpointError, match="are needed"):
+        convert_to("hub", hub_folder("inference"), tmp_path / "back")
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,13 @@ The benchmark of quantization is here too: it is made of such comparisons.
 """
 
 import json
+import os
+import re
+import signal
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +20,9 @@ import pytest
 from mlx_fastvlm import generate, load
 from mlx_fastvlm.benchmarks import easy_vqa, quantization, quantization_docs
 from mlx_fastvlm.benchmarks.command import BenchmarkError
+from mlx_fastvlm.config import read_config_dict
+from mlx_fastvlm.convert.recipes import RECIPES
+from mlx_fastvlm.convert.record import read_record
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.fidelity import (
     Fidelity,
@@ -22,11 +31,14 @@ from mlx_fastvlm.fidelity import (
     format_fidelity,
     measure,
     pictures,
+    plot,
     plot_fidelity,
     read_fidelity,
     run,
+    stopwatch,
     write_card_entry,
 )
+from mlx_fastvlm.fidelity.report import card_table
 from mlx_fastvlm.fidelity.results import Answers
 from mlx_fastvlm.fidelity.stopwatch import time_in_turns
 from tests.conftest import GOLDEN
@@ -187,6 +199,35 @@ def test_a_timing_that_fails_says_why_in_one_line(tmp_path):
         time_in_turns({"reference": tmp_path}, PICTURE, "What?", None, rounds=1)
 
 
+def test_a_timed_process_runs_nothing_of_the_current_folder(tmp_path, monkeypatch):
+    for name in ("random", "json", "mlx", "runpy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'has-run')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BenchmarkError, match=r"has no config\.json"):
+        time_in_turns({"reference": tmp_path}, PICTURE, "What?", None, rounds=1)
+    assert not (tmp_path / "has-run").exists()
+
+
+def test_ctrl_c_ends_the_process_that_is_timed(tmp_path, monkeypatch):
+    started = tmp_path / "pid"
+    sleep = f"import os, time; open({str(started)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
+    monkeypatch.setattr(stopwatch, "module_command", lambda *_: [sys.executable, "-c", sleep])
+
+    def press_ctrl_c():
+        while not (started.exists() and started.read_text().endswith("\n")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)  # to this process alone, not to its group as a terminal does
+
+    threading.Thread(target=press_ctrl_c, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        time_in_turns({"reference": tmp_path}, PICTURE, "What?", None, rounds=1)
+    try:
+        _, status = os.waitpid(int(started.read_text()), 0)
+    except ChildProcessError:
+        return  # it has been waited for already
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
 def test_the_result_survives_json_and_the_candidates_folder(compared, noisy, tmp_path):
     assert Fidelity.from_dict(json.loads(json.dumps(compared.to_dict()))) == compared
     path = write_card_entry(compared, noisy)
@@ -205,6 +246,16 @@ def test_the_table_names_both_models_and_the_pictures(compared, reference, noisy
     assert "generated" not in text
 
 
+def test_the_cards_table_leaves_out_what_only_concerned_this_machine(compared):
+    text = card_table(compared)
+    table, _, machine = format_fidelity(compared).rpartition("\n\n")
+    assert "load average" in machine
+    assert text.startswith(table + "\n\n")
+    where = text.removeprefix(table)
+    assert compared.machine["cpu"] in where and f"MLX {compared.machine['mlx']}" in where
+    assert "load average" not in where and "BLAS" not in where
+
+
 def test_run_writes_what_it_is_asked_for_and_nothing_else(reference, noisy, tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("b.png", "a.png", "c.png"):
@@ -218,21 +269,69 @@ def test_run_writes_what_it_is_asked_for_and_nothing_else(reference, noisy, tmp_
         max_images=2,
         max_tokens=2,
         speed_rounds=0,
-        json_path=tmp_path / "out" / "result.json",
+        json_path=tmp_path / "result.json",
         save_to_model=True,
     )
     assert (found.num_images, found.pictures) == (2, "own")
-    assert read_fidelity(tmp_path / "out" / "result.json") == read_fidelity(copy / "fidelity.json") == found
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "images", "out"]
+    assert read_fidelity(tmp_path / "result.json") == read_fidelity(copy / "fidelity.json") == found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "images", "result.json"]
+
+
+def test_a_result_kept_in_a_model_is_in_its_card_too(reference, noisy, tmp_path, monkeypatch):
+    copy = changed_copy(noisy, tmp_path / "copy", lambda name, array: array)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = run(str(reference), "~/copy", max_tokens=2, speed_rounds=0, save_to_model=True)
+    assert found.candidate.name == "copy"
+    card = (copy / "README.md").read_text()
+    assert card.count("# copy\n") == 1
+    assert f"{found.next_token.kl_mean:.2e}" in card
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_and_named(tmp_path):
+    (tmp_path / "a.jpg").write_text("no picture")
+    (tmp_path / "b.png").write_bytes(PICTURE.read_bytes()[:200])
+    for name in ("c.png", "d.png", "e.png"):
+        (tmp_path / name).write_bytes(PICTURE.read_bytes())
+    (tmp_path / "f.png").write_text("not looked at: there are enough")
+    skipped = []
+    found = pictures.find_images(tmp_path, 2, lambda path, reason: skipped.append((path.name, reason)))
+    assert [path.name for path in found] == ["c.png", "d.png"]
+    assert [name for name, _ in skipped] == ["a.jpg", "b.png"]
+    assert "a.jpg" in skipped[0][1]
+    assert pictures.find_images(tmp_path, 2) == found
+    for path in found:
+        path.unlink()
+    (tmp_path / "e.png").unlink()
+    with pytest.raises(OptionError, match=r"no picture that can be decoded: .*a\.jpg"):
+        pictures.find_images(tmp_path, 2)
+
+
+def test_run_tells_of_pictures_it_leaves_out(reference, tmp_path):
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "good.png").write_bytes(PICTURE.read_bytes())
+    skipped = []
+    options = {"max_tokens": 2, "speed_rounds": 0, "on_skip": lambda path, reason: skipped.append(path.name)}
+    assert run(str(reference), str(reference), tmp_path, **options).num_images == 1
+    assert skipped == ["broken.png"]
 
 
 def test_a_plot_is_a_png_of_all_results(compared, tmp_path):
     pytest.importorskip("matplotlib")
-    path = plot_fidelity([compared, compared], tmp_path / "new" / "plot.png")
+    path = plot_fidelity([compared, compared], tmp_path / "plot.png")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [entry.name for entry in path.parent.iterdir()] == ["plot.png"]
     with pytest.raises(OptionError, match="no fidelity results"):
         plot_fidelity([], tmp_path / "empty.png")
+    with pytest.raises(OptionError, match=r"is not a folder; make it first\.$"):
+        plot_fidelity([compared], tmp_path / "new" / "plot.png")
+
+
+def test_no_tick_of_a_plot_is_above_all_positions(compared):
+    pytest.importorskip("matplotlib")
+    perfect = replace(compared, next_token=replace(compared.next_token, top1_agreement=1.0))
+    for result in (compared, perfect):
+        (axes,) = plot._draw([result]).axes
+        assert axes.get_ylim()[1] == 100
 
 
 def test_without_matplotlib_a_plot_is_refused_before_the_measurement(reference, noisy, tmp_path, monkeypatch):
@@ -304,14 +403,52 @@ def test_broken_weights_are_named(reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"images": "nowhere"}, {"images": "{empty}"}, {"max_images": 0}, {"json_path": "{empty}"}]
+    ("options", "message"),
+    [
+        ({"images": "nowhere"}, "nowhere is not a folder"),
+        ({"images": "{empty}"}, "holds no pictures"),
+        ({"max_images": 0}, "max_images is 0"),
+        ({"json_path": "{empty}"}, "is a folder; give a file"),
+        ({"json_path": "{empty}/new/x.json"}, "new is not a folder; make it first."),
+        ({"json_path": "{file}/x.json"}, "is not a folder; make it first."),
+        ({"json_path": "{empty}/" + 250 * "x"}, "cannot be written (File name too long)"),
+        ({"json_path": "/proc/x.json"}, "x.json cannot be written"),
+        ({"plot_path": "{empty}/new/x.png"}, "new is not a folder; make it first."),
+        ({"plot_path": "{empty}/x.jpg"}, "does not end in .png"),
+    ],
 )
-def test_run_refuses_what_it_cannot_do(reference, options, tmp_path):
+def test_run_refuses_what_it_cannot_do_before_it_measures(reference, options, message, tmp_path, monkeypatch):
+    if "/proc/x.json" in options.values() and not Path("/proc/self").exists():
+        pytest.skip("there is no /proc here")
+    monkeypatch.setattr("mlx_fastvlm.fidelity.command.measure", lambda *_, **__: pytest.fail("measured"))
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.touch()
     places = {
-        name: Path(str(value).format(empty=tmp_path)) for name, value in options.items() if isinstance(value, str)
+        name: Path(value.format(empty=empty, file=file)) for name, value in options.items() if isinstance(value, str)
     }
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=re.escape(message)):
         run(str(reference), str(reference), **{**options, **places})
+    assert sorted(tmp_path.rglob("*")) == [empty, file]
+
+
+def test_a_model_without_a_record_is_of_unknown_provenance(reference, tmp_path):
+    copy = changed_copy(reference, tmp_path / "copy", lambda name, array: array)
+    (copy / "conversion.json").unlink()
+    found = measure(copy, reference, [PICTURE], max_tokens=2, speed_rounds=0)
+    assert found.reference.provenance == {}
+    assert found.candidate.provenance["dtype"] == "float32"
+    assert copy.name in format_fidelity(found)
+    with pytest.raises(CheckpointError, match=r"has no conversion\.json"):
+        run(str(reference), str(copy), save_to_model=True)
+
+
+def test_a_damaged_record_is_known_before_the_models_are_asked(reference, tmp_path, monkeypatch):
+    copy = changed_copy(reference, tmp_path / "copy", lambda name, array: array)
+    (copy / "conversion.json").write_text("{")
+    monkeypatch.setattr(comparison, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(CheckpointError, match=r"conversion\.json"):
+        measure(reference, copy, [PICTURE], max_tokens=2, speed_rounds=0)
 
 
 def test_a_result_is_not_kept_in_the_package_or_the_cache(reference):
@@ -372,6 +509,11 @@ def test_the_benchmark_measures_each_recipe_on_the_demo_model(capsys, monkeypatc
     assert stored["easy_vqa_test"]["exact_match"] > 0.9
     assert stored["bits_per_weight"] == 16
     assert 8 < int8["bits_per_weight"] < 12
+    assert (stored["parts"], float32["parts"]) == (None, None)
+    assert int8["parts"]["decoder"] == "8 bits, groups of 64"
+    assert int8["parts"]["projector"] is None
+    assert stored["fidelity"]["candidate"]["provenance"]["dtype"] == "float16"
+    assert float32["fidelity"]["candidate"]["provenance"]["dtype"] == "float32"
     assert int8["fidelity"]["size_ratio"] < 0.7
     assert 0 < int8["fidelity"]["next_token"]["kl_mean"] < 0.01
     # The same values in a wider type, computed in the same type.
@@ -385,6 +527,7 @@ def test_the_benchmark_measures_size_and_speed_of_any_model(capsys, reference, t
     )
     stored, halved = result["models"]
     assert result["dtype"] == "float32"
+    assert halved["parts"] is None
     assert halved["weight_bytes"] == pytest.approx(stored["weight_bytes"] / 2, rel=0.1)
     assert all(model["decode_tps"]["median"] > 0 for model in result["models"])
     assert list(tmp_path.iterdir()) == []
@@ -396,6 +539,7 @@ def test_the_benchmark_measures_size_and_speed_of_any_model(capsys, reference, t
         (["--recipes", "int9"], "There is no recipe int9"),
         (["--docs", "page.md"], "measure first, with --save"),
         (["--full-size", "nowhere"], "nowhere"),
+        (["--full-size", "demo", "--recipes", "int8, calibrated"], "There is no recipe int8, calibrated"),
     ],
 )
 def test_what_the_benchmark_cannot_do_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -403,6 +547,38 @@ def test_what_the_benchmark_cannot_do_is_one_line(arguments, message, capsys, tm
     with pytest.raises(SystemExit) as stop:
         quantization.main(arguments)
     assert message in (capsys.readouterr().err or str(stop.value.code)).splitlines()[-1]
+
+
+def test_a_copy_in_another_type_says_so(reference, tmp_path):
+    copy = quantization.store_as(reference, tmp_path / "copy", "bfloat16")
+    assert read_config_dict(copy)["torch_dtype"] == read_record(copy)["dtype"] == "bfloat16"
+    assert quantization.stored_dtype(copy) == mx.bfloat16
+    assert quantization.bits_per_weight(copy) == 16
+    assert load(copy)[0].config == load(reference)[0].config
+
+
+@pytest.mark.parametrize("page", ["", "<!-- end claim --> <!-- begin claim -->"])
+def test_a_page_without_marks_is_refused_in_one_line(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(SystemExit) as stop:
+        quantization.main(["--docs", str(tmp_path / "page.md")])
+    assert str(stop.value.code).startswith("quantization: The page has no <!-- begin claim -->")
+    assert (tmp_path / "page.md").read_text() == page
+
+
+@pytest.mark.parametrize("name", ["quantization", "quantization-0.5b"])
+def test_the_saved_results_are_of_todays_recipes(name):
+    first, *models = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["models"]
+    assert first["recipe"] in ("as embedded", "as stored")
+    for model in models:
+        label = model["recipe"]
+        if label in quantization.UNQUANTIZED:
+            assert model.get("parts") is None
+            continue
+        recipe = RECIPES[quantization.CALIBRATED.get(label, label)]
+        if "parts" in model:  # results of earlier releases lack it
+            assert model["parts"] == quantization.spell_parts(recipe.parts), label
 
 
 def test_the_page_on_quantization_is_what_the_saved_results_render_to():
@@ -415,5 +591,5 @@ def test_the_page_on_quantization_is_what_the_saved_results_render_to():
     changed = json.loads(json.dumps(results))
     changed["quantization"]["models"][0]["easy_vqa_test"]["exact_match"] = 0.1234
     assert "12.34%" in quantization_docs.fill_docs(page, changed)
-    with pytest.raises(ValueError, match="begin demo"):
+    with pytest.raises(BenchmarkError, match="begin demo"):
         quantization_docs.fill_docs(page.replace("<!-- begin demo -->", ""), results)

@@ -32,7 +32,8 @@ ONLY_IN = {
 MAY_IMPORT = {
     "mlx_fastvlm/errors.py": set(),
     "mlx_fastvlm/quantization.py": {"errors"},
-    "mlx_fastvlm/config.py": {"errors", "quantization"},
+    "mlx_fastvlm/json_file.py": {"errors"},
+    "mlx_fastvlm/config.py": {"errors", "json_file", "quantization"},
     "mlx_fastvlm/layers.py": {"kernels", "quantization"},
     "mlx_fastvlm/cache.py": {"errors", "kernels"},
     "mlx_fastvlm/blas.py": set(),

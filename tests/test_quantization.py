@@ -1,6 +1,7 @@
 """Quantized models: what is stored, what is computed from it, and what calibration gains."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.calibrate import gptq, pack_levels
 from mlx_fastvlm.convert.quantize import quantize
 from mlx_fastvlm.convert.recipes import RECIPES, choose, parse_storage, plan
-from mlx_fastvlm.convert.weights import unpack
+from mlx_fastvlm.convert.weights import WeightErrors, unpack
 from mlx_fastvlm.errors import ConfigError, OptionError
 from mlx_fastvlm.generate import stream_generate
 from mlx_fastvlm.kernels import plain_ops, quantized_linear
@@ -127,6 +128,14 @@ def test_converting_and_quantizing_at_once_is_the_same(hub_folder, converted_fol
     assert all(mx.array_equal(once[name], twice[name]).item() for name in once)
 
 
+def test_the_help_lists_every_recipe():
+    from mlx_fastvlm.cli.models import quantize as command
+
+    lines = [line.split(maxsplit=1) for line in command.__doc__.splitlines()]
+    listed = {line[0]: line[1] for line in lines if len(line) == 2 and line[0] in RECIPES}
+    assert listed == {recipe.name: recipe.summary for recipe in RECIPES.values()}
+
+
 def test_the_projector_stays_as_it_is_by_default():
     for recipe in RECIPES.values():
         assert recipe.parts["projector"] is None
@@ -143,9 +152,6 @@ def test_sensitive_layers_of_a_mixed_recipe_keep_more_bits():
 
 @pytest.mark.parametrize("text", ["9", "4:48", "four", "", "mxfp5", "affine", "4:", "4:32:1", "-4"])
 def test_a_choice_that_is_none_is_refused(text):
-    if text == "4:":
-        assert parse_storage(text) == Storage(4, 64)
-        return
     with pytest.raises(OptionError, match="no way to quantize"):
         parse_storage(text)
 
@@ -169,6 +175,37 @@ def test_quantizing_twice_is_refused(quantized, tmp_path):
     with pytest.raises(OptionError, match="quantized already"):
         quantize(quantized, tmp_path / "again", "int8")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", [choose("mxfp4"), choose("int8", decoder="none")], ids=lambda recipe: recipe.name)
+def test_pictures_that_would_calibrate_nothing_are_refused(recipe, tmp_path):
+    with pytest.raises(OptionError, match="leave them out"):
+        quantize(resolve_model("demo"), tmp_path / "out", recipe, images=[PICTURE])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_groups_do_not_divide_is_said(quantized):
+    notices = json.loads((quantized / "conversion.json").read_text())["notices"]
+    assert any("layers of decoder could not be quantized in groups of 32" in notice for notice in notices)
+
+
+def test_errors_of_float16_weights_are_summed_in_float32(tmp_path):
+    demo = json.loads((quantize(resolve_model("demo"), tmp_path / "demo", "int4") / "conversion.json").read_text())
+    wide = mx.random.normal((2000, 4096), key=mx.random.key(0)).astype(mx.float16) * 8  # squares sum beyond 65504
+    found = WeightErrors()
+    found.add("language_model.layers.0.mlp.down_proj", wide.astype(mx.float32), wide.astype(mx.float32) * 1.01)
+    assert found.relative()["decoder"] == pytest.approx(0.01, rel=1e-3)
+    assert all(0 < error < 1 for error in demo["quantization"]["relative_weight_error"].values())
+
+
+def test_only_the_models_own_files_are_copied(converted_folder, tmp_path):
+    model = shutil.copytree(converted_folder("inference"), tmp_path / "model")
+    (model / "secret.txt").symlink_to("/etc/hostname")
+    (model / "notes.txt").write_text("mine")
+    folder = quantize(model, tmp_path / "out", choose("int8", decoder="8:32"))
+    assert not (folder / "secret.txt").exists() and not (folder / "notes.txt").exists()
+    with pytest.raises(OptionError, match="lies in"):
+        quantize(model, model / "inside", "int8")
 
 
 def test_a_recipe_that_changes_nothing_is_refused(converted_folder, tmp_path):

@@ -10,9 +10,11 @@ from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.model_card import render_card, write_card
 from mlx_fastvlm.convert.quantize import quantize
 from mlx_fastvlm.convert.recipes import choose
+from mlx_fastvlm.convert.record import checksums, model_files
 from mlx_fastvlm.convert.verify import verify
 from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.loading import resolve_model
+from tests.conftest import GOLDEN
 
 
 @pytest.fixture
@@ -29,6 +31,11 @@ def rewrite(folder, change):
     mx.save_safetensors(str(path), tensors)
 
 
+def seal(folder):
+    """Make the record's checksums those of the files as they are now."""
+    edit_record(folder, sha256=checksums(folder, model_files(folder)))
+
+
 def edit_record(folder, **changes):
     path = folder / "conversion.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -42,7 +49,7 @@ def test_a_sound_model_passes_and_its_folds_are_checked_again(model):
 
 
 def test_without_the_source_the_rest_is_checked(model):
-    edit_record(model, source="apple/FastVLM-0.5B")
+    edit_record(model, origin=None)
     found = verify(model)
     assert found.problems == [] and "--source" in found.checks["folds"]
 
@@ -59,11 +66,11 @@ def test_a_quantized_model_is_sound(model, tmp_path):
 def test_a_changed_file_is_named(model):
     (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
     (model / "preprocessor_config.json").unlink()
-    (model / "extra.txt").write_text("new")
+    (model / ".DS_Store").write_text("a file manager's")
     (problem,) = verify(model).problems
     assert "tokenizer.json is changed" in problem
     assert "preprocessor_config.json is missing" in problem
-    assert "extra.txt is new" in problem
+    assert "DS_Store" not in problem
 
 
 def test_a_number_that_is_none_is_named(model):
@@ -79,12 +86,51 @@ def test_a_number_that_is_none_is_named(model):
 def test_weights_that_are_not_what_the_source_folds_to_are_named(model):
     name = "vision_tower.network.0.0.convffn.conv.weight"
     rewrite(model, lambda tensors: tensors.update({name: tensors[name] * 1.01}))
-    problems = verify(model).problems
-    assert any("checksums" not in problem and name in problem and "folds to" in problem for problem in problems)
+    seal(model)
+    (problem,) = verify(model).problems
+    assert name in problem and "folds to" in problem
+
+
+def test_a_quantized_weight_that_is_not_what_the_source_rounds_to_is_named(model, tmp_path):
+    folder = quantize(model, tmp_path / "quantized", choose("int8", decoder="8:32", embeddings="8:32"))
+    name = "language_model.layers.0.self_attn.qkv_proj.weight"
+
+    def flip(tensors):
+        tensors[name][0, 0] ^= 1
+
+    rewrite(folder, flip)
+    seal(folder)
+    (problem,) = verify(folder).problems
+    assert name in problem
+
+
+def test_the_source_is_found_from_wherever_one_stands(model, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "parameters are what they fold to" in verify("../model").checks["folds"]
+
+
+def test_a_model_with_another_tower_is_checked_against_that(hub_folder, tmp_path):
+    prefix = "model.vision_tower.vision_tower.model."
+    tensors = mx.load(str(hub_folder("training") / "model.safetensors"))
+    tower = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+    mx.save_safetensors(str(tmp_path / "tower.safetensors"), tower)
+    folder = convert(hub_folder("inference"), tmp_path / "out", vision_tower=tmp_path / "tower.safetensors")
+    found = verify(folder)
+    assert found.problems == [] and "what they fold to" in found.checks["folds"]
+    (tmp_path / "tower.safetensors").unlink()
+    assert "--source" in verify(folder).checks["folds"]
 
 
 def test_another_checkpoint_is_not_its_source(model, hub_folder):
     assert any("folds to" in problem for problem in verify(model, hub_folder("inference")).problems)
+
+
+def test_calibrated_layers_are_said_to_be_left_out(tmp_path):
+    pictures = [GOLDEN / "images" / "square.png"]
+    folder = quantize(resolve_model("demo"), tmp_path / "q", choose("int4", vision_tower="none"), images=pictures)
+    edit_record(folder, origin=None)
+    assert verify(folder).problems == []
 
 
 def test_a_folder_that_was_not_converted_is_refused(hub_folder):
@@ -117,3 +163,27 @@ def test_a_card_can_be_written_again_without_breaking_the_checksums(model):
     write_card(model, "renamed")
     assert "# renamed" in (model / "README.md").read_text()
     assert verify(model).problems == []
+
+
+@pytest.mark.parametrize("name", ["apple/mine", "ckpts/my-model"])
+def test_a_local_folder_is_nobodys_base_model(name, hub_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(hub_folder("inference"), tmp_path / name)
+    card = (convert(name, "out") / "README.md").read_text()
+    assert "base_model" not in card and "apple-amlr" not in card
+    assert str(tmp_path) not in card and f"Source: {name.split('/')[1]}\n" in card
+
+
+def test_apples_license_is_known_by_its_text(hub_folder, tmp_path):
+    checkpoint = shutil.copytree(hub_folder("inference"), tmp_path / "checkpoint")
+    (checkpoint / "LICENSE").write_text("Disclaimer: IMPORTANT: This Apple Machine Learning Research Model is …")
+    folder = convert(checkpoint, tmp_path / "out")
+    assert json.loads((folder / "conversion.json").read_text())["license"] == "apple-amlr"
+    assert "license_name: apple-amlr" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"sha256": [1]}', "[" * 200_000, "nonsense"])
+def test_a_damaged_record_is_one_clear_error(content, model):
+    (model / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match="conversion.json"):
+        verify(model)

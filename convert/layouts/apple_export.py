@@ -23,6 +23,11 @@ MARKERS = ("multi_modal_projector.linear_0.",)
 _CHECKPOINT_OF_WIDTH = {896: "apple/FastVLM-0.5B", 1536: "apple/FastVLM-1.5B", 3584: "apple/FastVLM-7B"}
 
 
+def exported_checkpoint(hidden_size: int) -> str:
+    """The hub id of the checkpoint that an export of this decoder width was made of, or words that say so."""
+    return _CHECKPOINT_OF_WIDTH.get(hidden_size, "the checkpoint it was exported from")
+
+
 def present(tensors: Tensors, raw_config: dict[str, Any], folder: Path) -> Layout:
     """Raises CheckpointError for unknown tensors, or when the Core ML package cannot be read."""
     raw = plain_config(raw_config)
@@ -42,7 +47,7 @@ def _read_tower(folder: Path, config: FastVLMConfig, raw: dict[str, Any]) -> Ten
     packages = sorted(folder.glob("*.mlpackage"))
     if len(packages) != 1:
         found = f"{len(packages)} Core ML packages" if packages else "no Core ML package (fastvithd.mlpackage)"
-        instead = _CHECKPOINT_OF_WIDTH.get(config.text_config.hidden_size, "the checkpoint it was exported from")
+        instead = exported_checkpoint(config.text_config.hidden_size)
         raise CheckpointError(
             f"{folder} is Apple's export: its vision tower is a Core ML package, but there is {found} in it. "
             f"Convert {instead} instead, which has all weights in one place and unquantized."

@@ -5,13 +5,13 @@ Source: transformers 5 models/fast_vlm (configuration_fast_vlm.py, modeling_fast
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.config import MODEL_TYPE, FastVLMConfig, VisionConfig
 from mlx_fastvlm.convert.tensors import Tensors
 from mlx_fastvlm.errors import ConfigError
+from mlx_fastvlm.json_file import read_json_object
 
 from .layout import LM_HEAD, Canonical, Layout, decoder_table, projector_table, renamed, tower_table
 from .timm_names import tower_names
@@ -35,7 +35,8 @@ def present(tensors: Tensors, raw_config: dict[str, Any], folder: Path) -> Layou
     """Raises CheckpointError for unknown tensors, ConfigError for a config that is not FastVLM's."""
     processor = _image_processor(folder)
     crops = processor is not None and _crops(processor)
-    config = _config(raw_config, _image_size(processor or {}), "crop" if crops else "pad")
+    image_size = VisionConfig.image_size if processor is None else _image_size(processor)
+    config = _config(raw_config, image_size, "crop" if crops else "pad")
     notices = []
     if crops:
         notices.append(
@@ -117,24 +118,22 @@ def _image_processor(folder: Path) -> dict[str, Any] | None:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+        settings = read_json_object(path, ConfigError)
         if name == "processor_config.json":
-            settings = settings.get("image_processor") if isinstance(settings, dict) else None
+            settings = settings.get("image_processor")
         if isinstance(settings, dict):
-            _refuse_normalization(settings, path)
+            _refuse_normalization(settings, name)
             return settings
     return None
 
 
-def _refuse_normalization(settings: dict[str, Any], path: Path) -> None:
+def _refuse_normalization(settings: dict[str, Any], file_name: str) -> None:
     """FastViTHD takes pixels in [0, 1] as they are; another scale cannot be expressed after conversion."""
     for name, wanted in (("image_mean", 0.0), ("image_std", 1.0)):
-        values = settings.get(name)
-        if values is not None and settings.get("do_normalize", True) and any(value != wanted for value in values):
-            raise ConfigError(f"{path} says {name} {values}; FastVLM uses {wanted} for every channel.")
+        stated = settings.get(name)
+        values = stated if isinstance(stated, list) else [stated]  # one number stands for all channels
+        if stated is not None and settings.get("do_normalize", True) and any(value != wanted for value in values):
+            raise ConfigError(f"{file_name} says {name} {stated}; FastVLM uses {wanted} for every channel.")
 
 
 def _crops(processor: dict[str, Any]) -> bool:
@@ -144,11 +143,18 @@ def _crops(processor: dict[str, Any]) -> bool:
 
 def _image_size(processor: dict[str, Any]) -> int:
     """Side of the square input in pixels; fast_vlm's config.json does not have it."""
-    sizes = [("size", "shortest_edge"), ("size", "height")]
-    if processor.get("do_center_crop", True):
-        sizes.insert(0, ("crop_size", "height"))
-    for name, key in sizes:
-        size = processor.get(name)
-        if isinstance(size, dict) and isinstance(size.get(key), int):
-            return size[key]
+    for name in ("crop_size", "size") if processor.get("do_center_crop", True) else ("size",):
+        if processor.get(name) is not None:
+            return _side(processor[name], name)
     return VisionConfig.image_size
+
+
+def _side(size: Any, name: str) -> int:
+    """The side that an image processor's `size` or `crop_size` means: a number, a square, or the shortest edge."""
+    given = [size[key] for key in ("shortest_edge", "height", "width") if key in size] if isinstance(size, dict) else [size]
+    if not given or any(type(side) is not int or side <= 0 or side != given[0] for side in given):
+        raise ConfigError(
+            f"The image processor's {name} is {size!r}; expected the side of a square in pixels, such as "
+            f"{VisionConfig.image_size}."
+        )
+    return given[0]

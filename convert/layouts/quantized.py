@@ -6,36 +6,19 @@ gives group size, bits and mode, for all layers and for single ones. What quanti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_fastvlm.convert.tensors import Tensors
 from mlx_fastvlm.errors import CheckpointError, ConfigError
+from mlx_fastvlm.quantization import MODES, Storage
 
 QUANTIZATION_KEYS = ("quantization", "quantization_config")  # mlx-lm and mlx-vlm write both, with the same content
 
 _SCALES, _WEIGHT, _BIASES = ".scales", ".weight", ".biases"
-_AFFINE = "affine"
-# mode → the group sizes and bits that MLX has for it
-_MODES = {
-    _AFFINE: ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
 _PACKED = "U32"
 _FLOAT8 = "U8"  # how MLX stores 8-bit floating-point scales, which affine mode does not have
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How one layer's weight is packed, in the words of mx.quantize."""
-
-    group_size: int
-    bits: int
-    mode: str
 
 
 def dequantized(tensors: Tensors, raw_config: dict[str, Any]) -> tuple[Tensors, list[str]]:
@@ -70,7 +53,7 @@ class Dequantized:
         packings: name of a quantized weight → how it is packed.
     """
 
-    def __init__(self, tensors: Tensors, packings: dict[str, Packing]):
+    def __init__(self, tensors: Tensors, packings: dict[str, Storage]):
         self._tensors = tensors
         self._packings = packings
         self._hidden = {name for weight, packing in packings.items() for name in _companions(weight, packing)}
@@ -103,7 +86,7 @@ class Dequantized:
         """A quantized weight's numbers have the type of its scales; MLX gives the others as bfloat16."""
         if name not in self._packings:
             return self._tensors.dtype(name)
-        return self._tensors.dtype(_scales(name)) if self._packings[name].mode == _AFFINE else "BF16"
+        return self._tensors.dtype(_scales(name)) if self._packings[name].has_biases else "BF16"
 
     def nbytes(self, name: str) -> int:
         companions = _companions(name, self._packings[name]) if name in self._packings else ()
@@ -114,17 +97,17 @@ class Dequantized:
         packed = self._tensors.rows(name, start, stop)
         assert packed.dtype == mx.uint32, f"{name} came as {packed.dtype}; packed integers must come as stored"
         scales = self._tensors.rows(_scales(name), start, stop)
-        biases = self._tensors.rows(_biases(name), start, stop) if packing.mode == _AFFINE else None
+        biases = self._tensors.rows(_biases(name), start, stop) if packing.has_biases else None
         return mx.dequantize(
             packed,
-            scales.astype(mx.float32 if packing.mode == _AFFINE else mx.uint8),
+            scales.astype(mx.float32 if packing.has_biases else mx.uint8),
             biases,
             group_size=packing.group_size,
             bits=packing.bits,
             mode=packing.mode,
         ).astype(mx.float32)
 
-    def _check(self, weight: str, packing: Packing) -> None:
+    def _check(self, weight: str, packing: Storage) -> None:
         """Hold the stored types and shapes against config.json, before anything is read."""
         parts = (weight, *_companions(weight, packing))
         missing = [name for name in parts if name not in self._tensors]
@@ -133,7 +116,7 @@ class Dequantized:
         (*rows, width), (*_, groups) = self._tensors.shape(weight), self._tensors.shape(_scales(weight))
         if (
             self._tensors.dtype(weight) != _PACKED
-            or (self._tensors.dtype(_scales(weight)) == _FLOAT8) != (packing.mode != _AFFINE)
+            or (self._tensors.dtype(_scales(weight)) == _FLOAT8) != (not packing.has_biases)
             or any(self._tensors.shape(name) != (*rows, groups) for name in parts[1:])
             or width * 32 != groups * packing.group_size * packing.bits
         ):
@@ -154,11 +137,11 @@ def _biases(weight: str) -> str:
     return weight.removesuffix(_WEIGHT) + _BIASES
 
 
-def _companions(weight: str, packing: Packing) -> tuple[str, ...]:
-    return (_scales(weight), _biases(weight)) if packing.mode == _AFFINE else (_scales(weight),)
+def _companions(weight: str, packing: Storage) -> tuple[str, ...]:
+    return (_scales(weight), _biases(weight)) if packing.has_biases else (_scales(weight),)
 
 
-def _packing(layer: str, raw_config: dict[str, Any]) -> Packing:
+def _packing(layer: str, raw_config: dict[str, Any]) -> Storage:
     """What config.json says about one layer: its own entry, else the entry for all."""
     stated = next((raw_config[key] for key in QUANTIZATION_KEYS if isinstance(raw_config.get(key), dict)), None)
     if stated is None:
@@ -168,11 +151,11 @@ def _packing(layer: str, raw_config: dict[str, Any]) -> Packing:
     own = stated.get(layer)
     # A layer's entry of False would mean "not quantized"; its scales say otherwise, and the check of widths decides.
     values = stated | own if isinstance(own, dict) else stated
-    packing = Packing(values.get("group_size"), values.get("bits"), values.get("mode", _AFFINE))
-    group_sizes, bits = _MODES.get(str(packing.mode), ((), ()))
-    if packing.group_size not in group_sizes or packing.bits not in bits:
+    group_size, bits, mode = values.get("group_size"), values.get("bits"), values.get("mode", "affine")
+    try:
+        return Storage(bits, group_size, mode)
+    except (ConfigError, TypeError):  # the second for a mode that is a list or an object
         raise ConfigError(
-            f"config.json says that {layer} is quantized with group_size {packing.group_size!r}, bits {packing.bits!r} "
-            f"and mode {packing.mode!r}, which MLX does not have; its modes are {', '.join(_MODES)}."
-        )
-    return packing
+            f"config.json says that {layer} is quantized with group_size {group_size!r}, bits {bits!r} and mode {mode!r}, "
+            f"which MLX does not have; its modes are {', '.join(MODES)}."
+        ) from None

@@ -24,17 +24,16 @@ class Layout(str, Enum):
 
 Destination = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace DEST if it is a converted model.")]
-_STORAGE = 'bits ("4"), bits:group ("4:32"), mxfp8, mxfp4, nvfp4 or none.'
 
 
 def _part(option: str, what: str) -> object:
-    return typer.Option(option, help=f"{what} otherwise: {_STORAGE}", metavar="BITS", show_default="the recipe's")
+    return typer.Option(option, help=f"Bits of {what}, e.g. 4 or 4:32.", metavar="BITS", show_default="the recipe's")
 
 
-Decoder = Annotated[str | None, _part("--decoder", "The decoder")]
-Embeddings = Annotated[str | None, _part("--embeddings", "Embeddings and head")]
-Projector = Annotated[str | None, _part("--projector", "The projector")]
-Vision = Annotated[str | None, _part("--vision", "The vision tower's Linear layers")]
+Decoder = Annotated[str | None, _part("--decoder", "the decoder")]
+Embeddings = Annotated[str | None, _part("--embeddings", "embeddings and head")]
+Projector = Annotated[str | None, _part("--projector", "the projector")]
+Vision = Annotated[str | None, _part("--vision", "the vision tower's Linear layers")]
 
 
 def convert(
@@ -70,7 +69,7 @@ def convert(
     revision: Revision = None,
     force: Force = False,
 ) -> None:
-    """Convert a FastVLM checkpoint into the folder that mlx-fastvlm runs, or back.
+    """Convert a checkpoint into a folder to run, or back.
 
     Reads LlavaQwen2 (the hub's and Apple's zips, unpacked or not), transformers' fast_vlm, mlx-vlm's, Apple's exports,
     training checkpoints, and LoRA adapters. BatchNorms, training branches and layer scales are folded into the weights,
@@ -92,6 +91,8 @@ def convert(
             "--decoder, --embeddings, --projector and --vision change a recipe; give one with --quantize."
         )
     recipe = None if quantize is None else choose(quantize, **parts)
+    if revision is not None and Path(source).exists():
+        raise OptionError(f"A revision is given, but {source} is no hub id.")
     origin = {"revision": revision, "base": base, "vision_tower": vision_tower, "dtype": dtype and dtype.value}
     with progress() as on_progress:
         if to is not Layout.mlx_fastvlm:
@@ -106,7 +107,7 @@ def convert(
 def quantize(
     model: Annotated[str, typer.Argument(help='Converted folder, hub id, or "demo".')],
     destination: Destination,
-    recipe: Annotated[str, typer.Option("--recipe", "-q", help="One of the recipes below.")] = "int4",
+    recipe: Annotated[str, typer.Option("--recipe", "-q", help="One of the recipes above.")] = "int4",
     decoder: Decoder = None,
     embeddings: Embeddings = None,
     projector: Projector = None,
@@ -130,9 +131,24 @@ def quantize(
     revision: Revision = None,
     force: Force = False,
 ) -> None:
-    """Make a model smaller: fewer bits per weight, each part of the model by its own choice.
+    """Make a model smaller: fewer bits per weight, by recipe and part.
 
-    What a recipe costs in quality is measured by `mlx-fastvlm fidelity`; docs/quantization.md has a table.
+    What a recipe costs in quality is measured by `mlx-fastvlm fidelity`; docs/quantization.md has a table. BITS is a
+    number of 2, 3, 4, 5, 6, 8, with the group of weights that share a scale behind a colon if not 64 (4:32, 4:128), or
+    mxfp8, mxfp4, nvfp4, none. Recipes:
+
+    \b
+    int8       8 bits everywhere but the projector
+    int6       6 bits in the decoder, 8 in embeddings and tower
+    int5       5 bits in the decoder, 8 in embeddings and tower
+    int4       4 bits in the decoder, 8 in embeddings and tower
+    mixed-4-8  int4 with the decoder's sensitive layers at 8 bits
+    int4-all   4 bits everywhere but the projector
+    int3       3 bits in the decoder, groups of 32; 6 in the embeddings
+    int2       2 bits in the decoder, groups of 32; for experiments
+    mxfp8      microscaling float of 8 bits in the decoder, int8 elsewhere
+    mxfp4      microscaling float of 4 bits in the decoder, int8 elsewhere
+    nvfp4      NVIDIA's float of 4 bits in the decoder, int8 elsewhere
 
     \b
     mlx-fastvlm quantize apple/FastVLM-0.5B fastvlm-0.5b-int4
@@ -187,10 +203,10 @@ def fidelity(
         bool, typer.Option("--save-to-model", help="Keep the result in CANDIDATE's folder and its model card.")
     ] = False,
 ) -> None:
-    """Measure what a smaller model costs in quality: features, next-token agreement, perplexity, answers, speed.
+    """Measure what a smaller model costs in quality.
 
-    Both models answer the same questions; the candidate is then led along the reference's answers and compared token by
-    token.
+    That is: features, next-token agreement, perplexity, answers, size, memory and speed. Both models answer the same
+    questions; the candidate is then led along the reference's answers and compared token by token.
 
     \b
     mlx-fastvlm fidelity ./fastvlm-0.5b ./fastvlm-0.5b-int4 --images ./my-photos
@@ -231,7 +247,10 @@ def verify(
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check that a converted model is what was written: checksums, finite weights, fast kernels, folds.
+    """Check that a converted model is sound.
+
+    Its files have the checksums of the conversion, its weights are finite, this machine's fast kernels equal plain
+    operations on it, and what it holds is what its checkpoint folds (and rounds) to, if that is at hand.
 
     \b
     mlx-fastvlm verify ./my-model
@@ -241,7 +260,8 @@ def verify(
     from mlx_fastvlm.loading import resolve_model
 
     with progress() as on_progress:
-        folder = resolve_model(model, revision, on_progress)
+        # A folder is taken as it is: a checkpoint's converted copy in the cache is not what was asked about.
+        folder = Path(model) if Path(model).is_dir() else resolve_model(model, revision, on_progress)
     with progress() as on_progress:
         found = run(folder, source, on_progress)
     if as_json:
@@ -257,14 +277,17 @@ def _report(folder: Path) -> None:
     """Say what was made, and what its user should know."""
     from mlx_fastvlm.convert.aside import read_notes
 
-    notes = read_notes(folder)
+    notes = read_notes(folder) or {}
     for notice in notes["notices"]:
         print(f"Notice: {notice}", file=sys.stderr)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     line = f"{folder}: {size / 1e6:,.1f} MB of {notes['dtype']}"
-    if notes.get("quantization"):
-        line += f", {notes['quantization']['recipe']}: {notes['quantization']['bits_per_weight']:.2f} bits per weight"
-    if "self_check" in notes:
+    quantization = notes.get("quantization")
+    if quantization:
+        line += f", {quantization['recipe']}: {quantization['bits_per_weight']:.2f} bits per weight"
+        errors = ", ".join(f"{part} {error:.1%}" for part, error in quantization["relative_weight_error"].items())
+        line += f"; rounding moved the weights by {errors} (root mean square)"
+    elif "self_check" in notes:
         error = notes["self_check"]["max_relative_error"]
         line += (
             f"; folding differs from the checkpoint by at most {error:.0e} (relative)"

@@ -83,8 +83,9 @@ def progress() -> Iterator[OnProgress]:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+            console = Console(stderr=True)
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-            bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
             bar.start()
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total, amount="")

@@ -21,7 +21,7 @@ from mlx_fastvlm.benchmarks.command import DEFAULT_PROMPT
 from mlx_fastvlm.benchmarks.machine import describe_machine
 from mlx_fastvlm.benchmarks.picture import png_bytes
 from mlx_fastvlm.config import FastVLMConfig
-from mlx_fastvlm.convert.record import read_record
+from mlx_fastvlm.convert.record import RECORD, read_record
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.fidelity.arithmetic import NextTokenTally, compare_answers, row_cosines, summarize_cosines
 from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, write_generated
@@ -74,6 +74,7 @@ def measure(
     _check_options(images, prompts, max_tokens, speed_rounds)
     report = on_progress or (lambda what, done, total: None)
     folders = {"reference": resolve_model(reference, None, report), "candidate": resolve_model(candidate, None, report)}
+    provenance = {role: _provenance(folder) for role, folder in folders.items()}
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as name:
         work = Path(name)
         pictures = write_generated(work, NUM_GENERATED) if images is None else list(images)
@@ -85,8 +86,8 @@ def measure(
         recorded, reference_type = _record(folders["reference"], dtype, pictures, questions, max_tokens, work, report)
         comparison, candidate_type = _compare(folders["candidate"], dtype, pictures, questions, recorded, work, report)
         facts = {
-            "reference": _model_facts(reference, folders["reference"], reference_type),
-            "candidate": _model_facts(candidate, folders["candidate"], candidate_type),
+            "reference": _model_facts(reference, folders["reference"], reference_type, provenance["reference"]),
+            "candidate": _model_facts(candidate, folders["candidate"], candidate_type, provenance["candidate"]),
         }
         machine = describe_machine()
         if speed_rounds:
@@ -296,13 +297,18 @@ def _check_room(work: Path, reference: Path, positions: int) -> None:
         )
 
 
-def _model_facts(model: str | os.PathLike[str], folder: Path, dtype: str) -> ModelFacts:
+def _provenance(folder: Path) -> dict[str, Any]:
+    """What conversion.json tells of a model; nothing where there is none. Raises CheckpointError if it is damaged."""
+    record = read_record(folder) if (folder / RECORD).exists() else {}
+    provenance = {key: record[key] for key in _PROVENANCE if key in record}
+    if Path(provenance.get("source", "")).is_absolute():
+        provenance["source"] = Path(provenance["source"]).name  # where it lay concerns nobody else
+    return provenance
+
+
+def _model_facts(model: str | os.PathLike[str], folder: Path, dtype: str, provenance: dict[str, Any]) -> ModelFacts:
     path = Path(model).expanduser()
     quantization = FastVLMConfig.from_folder(folder).quantization
-    record = read_record(folder)
-    provenance = {key: record[key] for key in _PROVENANCE if key in record}
-    if Path(provenance.get("source") or "").is_absolute():
-        provenance["source"] = Path(provenance["source"]).name  # where it lay concerns nobody else
     return ModelFacts(
         name=path.resolve().name if path.is_dir() else str(model),
         weight_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),

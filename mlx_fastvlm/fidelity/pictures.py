@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from mlx_fastvlm.benchmarks.picture import png_bytes
-from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.errors import ImageError, OptionError
+from mlx_fastvlm.image_processing import open_image
+
+OnSkip = Callable[[Path, str], None]  # (a file that is no picture after all, why)
 
 NUM_GENERATED = 8
 _SIZES = ((512, 512), (640, 480), (480, 640), (512, 512))  # width, height
@@ -39,18 +42,38 @@ def draw(index: int) -> np.ndarray:
     return (_shapes if index % 2 == 0 else _texture)(random, width, height)
 
 
-def find_images(folder: Path, count: int) -> list[Path]:
-    """The first `count` pictures of a folder, by name.
+def find_images(folder: Path, count: int, on_skip: OnSkip | None = None) -> list[Path]:
+    """The first `count` pictures of a folder, by name; those that cannot be decoded are left out.
+
+    Args:
+        folder: where to look; folders inside it are not searched.
+        count: 1 or more.
+        on_skip: told of each file that is left out, and why.
 
     Raises:
-        OptionError: it is not a folder, or holds no picture.
+        OptionError: it is not a folder, or holds no picture that can be decoded.
     """
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder; give one with pictures, or leave --images out.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         raise OptionError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)}); give a folder that does.")
-    return paths[:count]
+    found: list[Path] = []
+    reasons = []
+    for path in paths:
+        if len(found) == count:
+            break
+        try:
+            open_image(path)
+        except ImageError as error:
+            reasons.append(str(error))
+            if on_skip:
+                on_skip(path, reasons[-1])
+        else:
+            found.append(path)
+    if not found:
+        raise OptionError(f"{folder} holds no picture that can be decoded: {reasons[0]}")
+    return found
 
 
 def _shapes(random: np.random.Generator, width: int, height: int) -> np.ndarray:

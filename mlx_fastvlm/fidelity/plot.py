@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.fidelity.output import check_writable, write_output
 from mlx_fastvlm.fidelity.results import Fidelity
 
 if TYPE_CHECKING:
@@ -21,32 +21,28 @@ def plot_fidelity(results: Sequence[Fidelity], path: Path) -> Path:
 
     Args:
         results: usually several candidates against the same reference.
-        path: file to write; aside first and then renamed.
+        path: file to write, ending in .png; aside first and then renamed.
 
     Raises:
-        OptionError: matplotlib is missing, there is nothing to draw, or `path` cannot be written.
+        OptionError: there is nothing to draw, or see `check_plot`.
     """
     if not results:
         raise OptionError("There are no fidelity results to draw.")
-    figure = _draw(results)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                figure.savefig(file, format="png", dpi=150)
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from None
-    return path
+    check_plot(path)
+    drawn = io.BytesIO()
+    _draw(results).savefig(drawn, format="png", dpi=150)
+    return write_output(path, drawn.getvalue())
 
 
-def require_matplotlib() -> None:
-    """Refuse a plot that could not be drawn, before anything is measured for it. Raises OptionError."""
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be drawn, before anything is measured for it.
+
+    Raises:
+        OptionError: `path` does not end in .png or cannot be written, or matplotlib is missing.
+    """
+    if path.suffix.lower() != ".png":
+        raise OptionError(f"{path} does not end in .png; plots are PNG files.")
+    check_writable(path)
     try:
         import matplotlib.figure  # noqa: F401 - imported where it is needed: it takes half a second
     except ImportError:
@@ -54,7 +50,6 @@ def require_matplotlib() -> None:
 
 
 def _draw(results: Sequence[Fidelity]) -> Figure:
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     # A reference that several results share is one point.
@@ -66,7 +61,9 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     axes = figure.add_subplot()
     for label, marker, points in (("reference", "s", references), ("candidates", "o", candidates)):
         _, sizes, agreements = zip(*points, strict=True)
-        axes.scatter([size / 1e6 for size in sizes], [100 * value for value in agreements], marker=marker, label=label)
+        percent = [100 * agreement for agreement in agreements]
+        # Not clipped: the axis ends at 100%, where the reference is.
+        axes.scatter([size / 1e6 for size in sizes], percent, marker=marker, label=label, clip_on=False, zorder=3)
     # Names in turn to the right and to the left, from the top down: neighbors crowd each other less.
     everyone = sorted({*references, *candidates}, key=lambda point: (-point[2], point[1]))
     for (name, size, agreement), (offset, side) in zip(everyone, cycle([(6, "left"), (-6, "right")]), strict=False):
@@ -75,7 +72,7 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     lowest = 100 * min(agreement for *_, agreement in everyone)
     room = 0.1 * max(100 - lowest, 1)
     axes.set_xlim(0, max(size for _, size, _ in everyone) / 1e6 * 1.15)
-    axes.set_ylim(lowest - room, 100 + room)
+    axes.set_ylim(max(lowest - room, 0), 100)
     axes.set_xlabel("weights on disk, MB")
     axes.set_ylabel("top-1 agreement with the reference, %")
     axes.grid(alpha=0.3)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from mlx_fastvlm.benchmarks.machine import machine_line
-from mlx_fastvlm.benchmarks.report import format_table, save_json
+from mlx_fastvlm.benchmarks.report import format_table
 from mlx_fastvlm.errors import CheckpointError, OptionError
+from mlx_fastvlm.fidelity.output import write_output
 from mlx_fastvlm.fidelity.results import Cosine, Fidelity, Measured, Speed
 
 CARD_FILE = "fidelity.json"
@@ -15,22 +16,27 @@ CARD_FILE = "fidelity.json"
 
 def format_fidelity(fidelity: Fidelity) -> str:
     """Lines for people: what was asked, what the candidate saves, what it costs in quality."""
-    return "\n\n".join(
-        [_what_was_asked(fidelity), _costs(fidelity), _quality(fidelity), machine_line(fidelity.machine)]
-    )
+    return "\n\n".join([*_sections(fidelity), machine_line(fidelity.machine)])
+
+
+def card_table(fidelity: Fidelity) -> str:
+    """The same for the model card: of the machine, only what the figures depend on for everybody."""
+    machine = fidelity.machine
+    where = f"{machine['cpu']}, {machine['cores']} cores; MLX {machine['mlx']} on the {machine['mlx_device']}"
+    return "\n\n".join([*_sections(fidelity), where])
+
+
+def _sections(fidelity: Fidelity) -> list[str]:
+    return [_what_was_asked(fidelity), _costs(fidelity), _quality(fidelity)]
 
 
 def save_fidelity(fidelity: Fidelity, path: Path) -> Path:
     """Write the JSON form to `path`, aside and then renamed.
 
     Raises:
-        OptionError: `path` cannot be written.
+        OptionError: `path` cannot be written, or its folder is missing.
     """
-    try:
-        save_json(path, fidelity.to_dict())
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from None
-    return path
+    return write_output(path, (json.dumps(fidelity.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_card_entry(fidelity: Fidelity, folder: Path) -> Path:

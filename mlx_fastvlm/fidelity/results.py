@@ -104,7 +104,7 @@ class ModelFacts:
         weight_bytes: size on disk of all its weights.
         dtype: type it computed in.
         recipe: name of the recipe it was quantized by, None where nothing is quantized.
-        provenance: source, license, bits per weight and so on, from its conversion.json.
+        provenance: source, license, bits per weight and so on, from its conversion.json; empty where it has none.
         speed: None where it was not measured.
     """
 

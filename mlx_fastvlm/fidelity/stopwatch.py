@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_fastvlm.benchmarks.child import module_command
 from mlx_fastvlm.benchmarks.command import BenchmarkError
 from mlx_fastvlm.fidelity.results import Measured, Speed
 
@@ -59,7 +59,8 @@ def time_in_turns(
 
 
 def _ask(**request: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mlx_fastvlm.fidelity.timed_answer"]
+    command = module_command("mlx_fastvlm.fidelity.timed_answer")
+    # Ctrl-C and any other exception end the process: subprocess.run kills it before it lets them through.
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()

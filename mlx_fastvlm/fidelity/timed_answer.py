@@ -1,6 +1,6 @@
 """The process behind `stopwatch`: loads one model, answers twice, says what it took, and ends.
 
-python -m mlx_fastvlm.fidelity.timed_answer      a JSON request on standard input, a JSON line on standard output
+A JSON request on standard input, a JSON line on standard output.
 """
 
 from __future__ import annotations
