@@ -157,9 +157,9 @@ def _own_header(file: BinaryIO, member: zipfile.ZipInfo) -> tuple[int, int, byte
 
 
 def _check_links(folder: Path) -> None:
-    """Raise CheckpointError if a folder cannot be read or a link leads out of it."""
+    """Raise CheckpointError if a folder cannot be read or a link leads out of it; one that leads nowhere does no harm."""
     try:
-        links = [path for path in folder.iterdir() if path.is_symlink()]
+        links = [path for path in folder.iterdir() if path.is_symlink() and path.exists()]
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}).") from None
     for path in links:

@@ -60,8 +60,7 @@ def read_tower(mlpackage: Path, config: dict[str, Any]) -> Tensors:
         return _CoreMLTower(dict(_tower_tensors(_Program(mlpackage), whole.vision_config)))
     except (_UnexpectedGraph, *_DAMAGE) as error:
         raise CheckpointError(
-            f"{mlpackage} does not hold FastViTHD as Apple exports it ({error}); "
-            f"convert {instead} instead."
+            f"{mlpackage} does not hold FastViTHD as Apple exports it ({error}); convert {instead} instead."
         ) from None
     except ImportError as error:
         raise CheckpointError(

@@ -164,9 +164,7 @@ def read_adapter(source: Path | Folder) -> Adapter:
     settings = _read_settings(folder)
     files = [next((name for name in ADAPTER_WEIGHTS if folder.holds(name)), None)] if settings else []
     if None in files:
-        raise CheckpointError(
-            f"{folder.origin} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}; finish the download."
-        )
+        raise CheckpointError(f"{folder.origin} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}; finish the download.")
     files += [name for name in TRAINER_FILES if folder.holds(name)]
     if not files:
         raise CheckpointError(f"{folder.origin} has neither {ADAPTER_CONFIG} nor {PROJECTOR}; expected an adapter.")

@@ -115,6 +115,6 @@ def _license_text(folder: Path, record: dict[str, Any]) -> str:
 
 def _fidelity_section(path: Path) -> str:
     # Imported here: most cards have none, and the report brings more than a conversion needs.
-    from mlx_fastvlm.fidelity.report import format_fidelity, read_fidelity
+    from mlx_fastvlm.fidelity.report import card_table, read_fidelity
 
-    return f"## Fidelity\n\nMeasured with `mlx-fastvlm fidelity`.\n\n```\n{format_fidelity(read_fidelity(path))}\n```"
+    return f"## Fidelity\n\nMeasured with `mlx-fastvlm fidelity`.\n\n```\n{card_table(read_fidelity(path))}\n```"

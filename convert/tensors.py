@@ -118,9 +118,9 @@ class Combined:
 
 
 def same_tensor(tensors: Tensors, first: str, second: str) -> bool:
-    """Whether two tensors have the same shape and the same numbers, compared by blocks of rows."""
+    """Whether two tensors, of one axis or more, have the same shape and numbers; compared by blocks of rows."""
     return tensors.shape(first) == tensors.shape(second) and all(
-        mx.array_equal(tensors.rows(second, start, start + len(rows)) if rows.ndim else tensors[second], rows).item()
+        mx.array_equal(tensors.rows(second, start, start + len(rows)), rows).item()
         for start, rows in row_blocks(tensors, first)
     )
 

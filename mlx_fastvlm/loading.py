@@ -10,18 +10,21 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_fastvlm.blas import use_openblas
+from mlx_fastvlm.checkpoint_files import ADAPTER_CONFIG, PROJECTOR, WEIGHT_SUFFIXES, is_projector_alone
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
+from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.kernels import cpu, reference_only
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
@@ -36,7 +39,7 @@ LARGE_MODEL_BYTES = 100_000_000  # beyond it, the extra `cpu` decides between se
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # What a conversion depends on: a note or a picture beside the weights does not make it new.
-_CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".jinja")
+_CHECKPOINT_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".txt", ".jinja")
 
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
@@ -50,8 +53,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        model: hub id, local folder or zip (a checkpoint in any layout, an adapter, or a converted model), or "demo" for
-            the built-in small model. A checkpoint is converted on first use into the cache folder.
+        model: hub id, local folder or zip (a checkpoint in any layout, or an adapter), a converted model's folder, or
+            "demo" for the built-in small model. A checkpoint is converted on first use into the cache folder.
         dtype: "float32", "float16" or "bfloat16" to compute in. None keeps the stored type on a GPU and takes float32
             on a CPU, where MLX is fast in no other.
         revision: branch, tag or commit of a hub id.
@@ -131,9 +134,10 @@ def resolve_model(
         return Path(__file__).parent / "assets" / "demo"
     path = as_path(model)
     if path.is_dir():
-        is_adapter = (path / "adapter_config.json").exists()
+        _refuse_projector(path)
+        is_adapter = (path / ADAPTER_CONFIG).exists()
         return path if not is_adapter and is_converted(path) else _converted_copy(path, on_progress)
-    if path.suffix == ".zip" and path.is_file():
+    if path.suffix.lower() == ".zip" and path.is_file():
         return _converted_copy(path, on_progress)
     if path.exists():
         raise CheckpointError(
@@ -147,7 +151,9 @@ def resolve_model(
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
-    """A name as a path, `~` expanded. Raises CheckpointError where the system cannot even look for it."""
+    """A name as a path, `~` expanded. Raises CheckpointError if it is empty or the system cannot even look for it."""
+    if not os.fspath(name):
+        raise CheckpointError("A name is empty; expected that of a folder, a file or a model.")
     try:
         path = Path(name).expanduser()
         path.exists()
@@ -213,17 +219,13 @@ def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | No
 def _converted_copy(source: Path, on_progress: OnProgress | None) -> Path:
     """The cached conversion of a local checkpoint, folder or zip, made anew when its files change."""
     source = source.resolve()
-    state = hashlib.sha256()
-    try:
-        files = [path for suffix in _CHECKPOINT_SUFFIXES for path in source.glob(f"*{suffix}")]
-        for path in sorted(files) if source.is_dir() else [source]:
-            status = path.stat()
-            state.update(os.fsencode(path.name) + f" {status.st_size} {status.st_mtime_ns};".encode())
-    except OSError as error:
-        raise CheckpointError(f"{source} cannot be read ({error.strerror or error}).") from None
+    state = _state(source)
+    base = _local_base(source)
+    if base is not None:
+        state += _state(base)
     place = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
     home = cache_folder() / "local" / f"{source.name}-{place}"
-    current = home / state.hexdigest()[:12]
+    current = home / hashlib.sha256(state).hexdigest()[:12]
     if not (current / "config.json").exists():
         _convert(source, current, on_progress)
         for other in home.iterdir():  # conversions of what the folder held before
@@ -232,20 +234,83 @@ def _converted_copy(source: Path, on_progress: OnProgress | None) -> Path:
     return current
 
 
+def _state(source: Path) -> bytes:
+    """What changes when a file that a conversion reads does: names, sizes and times. Raises CheckpointError."""
+    try:
+        if source.is_dir():
+            files = [path for suffix in _CHECKPOINT_SUFFIXES for path in source.glob(f"*{suffix}")]
+            files += [path for path in source.glob("*.mlpackage/**/*") if path.is_file()]
+        else:
+            files = [source]
+        lines = [os.fsencode(source)]
+        for path in sorted(files):
+            status = path.stat()
+            lines.append(os.fsencode(path.relative_to(source)) + f" {status.st_size} {status.st_mtime_ns}".encode())
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read ({error.strerror or error}).") from None
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _local_base(source: Path) -> Path | None:
+    """The base of an adapter, if it lies on this machine; a hub id is part of the adapter's own state."""
+    path = source / ADAPTER_CONFIG if source.is_dir() else _in_zip(source, ADAPTER_CONFIG)
+    if path is None or not path.is_file():
+        return None
+    name = read_json_object(path, CheckpointError, shown=source / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = as_path(name) if isinstance(name, str) and name else None
+    return base.resolve() if base is not None and base.exists() else None
+
+
+def _in_zip(source: Path, name: str) -> zipfile.Path | None:
+    """A small file at the top of a zip or in a folder there; None also if the zip is damaged, as its conversion says."""
+    try:
+        tops = [zipfile.Path(source), *zipfile.Path(source).iterdir()]
+        return next((top / name for top in tops if (top / name).is_file()), None)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
+
+
+def _refuse_projector(folder: Path) -> None:
+    """Raise CheckpointError for what LLaVA's first training stage leaves, which does not say what it belongs to."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}).") from None
+    if is_projector_alone(names) and ADAPTER_CONFIG not in names:
+        raise CheckpointError(
+            f"{folder} holds only a projector ({PROJECTOR}); merge it into its base model first: "
+            f"mlx-fastvlm convert {folder} CONVERTED --base {DEFAULT_MODEL}"
+        )
+
+
 def _convert(source: Path, destination: Path, on_progress: OnProgress | None, **origin: str) -> None:
     # Imported here: the converter is needed once per model, and `describe` should start fast.
     from mlx_fastvlm.convert import convert
 
+    with _made_folder(destination.parent):
+        try:
+            convert(source, destination, on_progress=on_progress, **origin)
+        except FastVLMError:
+            # Another process may have finished the same conversion meanwhile, and stands in the way: as good a result.
+            if not (destination / "config.json").exists():
+                raise
+
+
+@contextmanager
+def _made_folder(folder: Path) -> Iterator[None]:
+    """A folder of the cache; what is made for it goes again if an error leaves it empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unusable_cache(error) from None
     try:
-        convert(source, destination, on_progress=on_progress, **origin)
-    except FastVLMError:
-        # Another process may have finished the same conversion meanwhile, and stands in the way: its result is as good.
-        if not (destination / "config.json").exists():
-            raise
+        yield
+    except BaseException:
+        with suppress(OSError):  # another process uses it, and so all that lie above
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 def _unusable_cache(error: OSError) -> HubError:

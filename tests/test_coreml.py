@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -117,6 +118,36 @@ def test_another_graph_is_refused(package, hub_folder, tmp_path):
     (damaged / WEIGHTS).unlink()
     (damaged / WEIGHTS).symlink_to(package("FLOAT32") / WEIGHTS)
     refused(damaged, "not a file of the package")
+
+
+def argument(name):
+    return SimpleNamespace(arguments=[SimpleNamespace(name=name)])
+
+
+def operation(kind, output, **inputs):
+    inputs = {key: argument(name) for key, name in inputs.items()}
+    return SimpleNamespace(type=kind, outputs=[SimpleNamespace(name=output)], inputs=inputs, attributes={})
+
+
+FC1 = "vision_tower_model_network_0_0_convffn_fc1_weight"
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [operation("conv", "y", x="moved", weight=FC1), operation("reshape", "moved", x="moved")],
+        [operation("conv", "y", x="x", weight=FC1), operation("batch_norm", "x", gamma="g"), operation("const", "g")],
+        [SimpleNamespace(type="conv", outputs=[], inputs={"weight": argument(FC1), "x": argument("x")})],
+    ],
+    ids=["a circle", "a constant without a value", "no output"],
+)
+def test_a_damaged_graph_is_one_clear_error(operations, hub_folder, monkeypatch, tmp_path):
+    config = read_config(hub_folder("inference"))
+    sites = [site for site in tower_sites(FastVLMConfig.from_dict(config).vision_config) if "convffn" in str(site)]
+    monkeypatch.setattr("mlx_fastvlm.convert.coreml.tower_sites", lambda config: sites[:1])
+    monkeypatch.setattr("mlx_fastvlm.convert.coreml._read_operations", lambda model: operations)
+    with pytest.raises(CheckpointError, match="does not hold FastViTHD as Apple exports it"):
+        read_tower(tmp_path / "fastvithd.mlpackage", config)
 
 
 def test_without_coremltools_the_message_says_what_to_do(hub_folder, monkeypatch, tmp_path):

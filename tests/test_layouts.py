@@ -134,6 +134,10 @@ def test_fast_vlm_without_processor_is_padded_at_1024(hub_folder, tmp_path):
         ({"do_pad": True}, ("pad", 256)),
         ({"do_center_crop": False, "crop_size": {"height": 224, "width": 224}}, ("pad", 256)),
         ({"size": {"height": 512, "width": 512}, "crop_size": None}, ("crop", 512)),
+        ({"size": 512, "crop_size": 512}, ("crop", 512)),
+        ({"size": 512, "do_center_crop": False}, ("pad", 512)),
+        ({"image_mean": 0.0, "image_std": 1}, ("crop", 256)),
+        ({"image_mean": [0.5, 0.5, 0.5], "do_normalize": False}, ("crop", 256)),
     ],
 )
 def test_fast_vlm_with_another_processor(hub_folder, settings, wanted, tmp_path):
@@ -175,11 +179,31 @@ def test_fast_vlm_config_of_another_model(hub_folder, change, message, tmp_path)
         recognize(Checkpoint(folder), raw, folder)
 
 
-def test_fast_vlm_with_other_normalization(hub_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        ({"image_mean": 0.5}, "image_mean 0.5"),
+        ({"image_std": "1"}, "image_std 1"),
+        ({"crop_size": {"height": 512, "width": 256}}, "crop_size"),
+        ({"crop_size": None, "size": {"longest_edge": 512}}, "size is .*longest_edge"),
+        ({"crop_size": [512, 512]}, "crop_size"),
+        ({"crop_size": True}, "crop_size"),
+        ({"crop_size": -64}, "crop_size"),
+    ],
+)
+def test_fast_vlm_with_an_unfit_processor(hub_folder, settings, message, tmp_path):
     folder = write.write_fast_vlm(hub_folder("inference"), tmp_path / "f")
     path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
-    with pytest.raises(ConfigError, match="image_mean"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ConfigError, match=message):
+        read_layout(folder)
+
+
+def test_fast_vlm_with_a_damaged_processor(hub_folder, tmp_path):
+    folder = write.write_fast_vlm(hub_folder("inference"), tmp_path / "f")
+    (folder / "preprocessor_config.json").write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_layout(folder)
 
 

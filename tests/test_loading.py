@@ -10,6 +10,7 @@ import pytest
 from mlx_fastvlm import load
 from mlx_fastvlm.errors import CheckpointError, ConfigError, FastVLMError, HubError, OptionError
 from mlx_fastvlm.loading import cache_folder, resolve_model
+from tests.reference.adapters import factors, write_adapter
 from tests.reference.hub_checkpoint import write_hub_checkpoint
 
 
@@ -39,6 +40,66 @@ def test_a_note_beside_the_weights_changes_nothing_and_old_conversions_go(tmp_pa
     os.utime(source / "model.safetensors", ns=(1, 1))
     second = resolve_model(source)
     assert list(first.parent.iterdir()) == [second] != [first]
+
+
+def touch(path):
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_an_adapter_whose_base_changes_is_converted_anew(tmp_path, packed):
+    base = write_hub_checkpoint(tmp_path / "base", config="tiny", seed=1)
+    stored = factors("model.layers.0.self_attn.q_proj", (64, 64))
+    source = write_adapter(tmp_path / "adapter", stored, base_model_name_or_path=str(base))
+    if packed:
+        source = shutil.make_archive(str(tmp_path / "adapter"), "zip", tmp_path, "adapter")
+    first = resolve_model(source)
+    assert resolve_model(source) == first
+    touch(base / "model.safetensors")
+    assert resolve_model(source) != first
+
+
+def test_a_core_ml_package_that_changes_is_converted_anew(tmp_path):
+    source = write_hub_checkpoint(tmp_path / "hub", config="tiny", seed=1)
+    weights = source / "fastvithd.mlpackage" / "Data" / "weight.bin"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    first = resolve_model(source)
+    touch(weights)
+    assert resolve_model(source) != first
+
+
+@pytest.mark.parametrize("files", [["mm_projector.bin"], ["mm_projector.bin", "config.json"]])
+def test_a_projector_alone_says_how_it_is_merged(tmp_path, files):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="only a projector.*mlx-fastvlm convert .* --base"):
+        resolve_model(tmp_path)
+
+
+def test_a_zip_in_capitals(hub_folder, tmp_path):
+    packed = shutil.make_archive(str(tmp_path / "MODEL"), "zip", hub_folder("inference"))
+    shutil.move(packed, tmp_path / "MODEL.ZIP")
+    assert (resolve_model(tmp_path / "MODEL.ZIP") / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["hub", "local"])
+def test_a_conversion_that_fails_leaves_no_folders(tmp_path, monkeypatch, name):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    monkeypatch.setattr("mlx_fastvlm.loading.download_checkpoint", lambda hub_id, revision: tmp_path / "source")
+    with pytest.raises(FastVLMError):
+        resolve_model("owner/name" if name == "hub" else tmp_path / "source")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_conversion_that_fails_leaves_what_was_there(tmp_path, hub_folder):
+    first = resolve_model(hub_folder("inference"))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    with pytest.raises(FastVLMError):
+        resolve_model(tmp_path / "source")
+    assert list(cache_folder().glob("*/*")) == [first.parent] and first.is_dir()
 
 
 def test_a_revision_does_not_lead_out_of_the_cache(converted_folder):
@@ -79,6 +140,8 @@ def test_an_unreachable_hub_is_one_clear_error():
     [
         ("no/such/folder", {}, CheckpointError, "no folder"),
         ("nothing", {}, CheckpointError, "no folder"),
+        ("", {}, CheckpointError, "name is empty"),
+        ("z/nope.zip", {}, CheckpointError, "no folder"),
         ("a" * 300, {}, CheckpointError, "cannot be a path"),
         ("~no-such-user-here/x", {}, CheckpointError, "no folder|cannot be a path"),
         ("foo/bar--baz", {}, HubError, "not a valid hub id"),

@@ -172,7 +172,9 @@ A, B = (f"base_model.model.{Q}.lora_{part}.weight" for part in "AB")
 BAD_TENSORS = {
     "unknown module": (lambda t: t.update(factors("model.layers.7.self_attn.q_proj", (8, 8))), "layers.7.self_attn"),
     "unknown tensor": (lambda t: t.update({"base_model.model.model.extra": random_array(0, 3)}), "model.extra"),
-    "no B": (lambda t: t.pop(B), "lora_A of"),
+    "no A": (lambda t: t.pop(A), "lacks lora_A of"),
+    "no B": (lambda t: t.pop(B), "lacks lora_B of"),
+    "nothing": (lambda t: t.clear(), "holds no tensors"),
     "A misfits": (lambda t: t.update({A: random_array(0, 4, 9)}), r"lora_A.weight has shape \[4, 9\]"),
     "another rank": (lambda t: t.update({A: random_array(0, 5, 8)}), r"expected \[4, 8\]"),
     "B misfits": (lambda t: t.update({B: random_array(0, 9, 4)}), r"lora_B.weight has shape \[9, 4\]"),

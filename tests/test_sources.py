@@ -12,10 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_fastvlm.config import read_config_dict
 from mlx_fastvlm.convert import archive, convert
 from mlx_fastvlm.convert.archive import check_inside, open_source
 from mlx_fastvlm.convert.checkpoint import Checkpoint
-from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.errors import CheckpointError, ConfigError, FastVLMError
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 from tests.reference.adapters import random_array, write_base
 
@@ -203,6 +204,103 @@ def test_weights_whose_place_is_a_lie(folder, tmp_path, change):
         pass
 
 
+@pytest.mark.parametrize("name", ["a.json", "model.safetensors"])
+def test_an_entry_whose_own_header_reaches_into_the_next(folder, tmp_path, name):
+    weights = (folder / "model.safetensors").read_bytes()
+    path = pack(tmp_path / "model.zip", [("a.json", b"{}"), ("model.safetensors", weights), ("z.json", b"{}")])
+    data = bytearray(path.read_bytes())
+    start = data.index(name.encode()) - 30
+    struct.pack_into("<H", data, start + 28, 60_000)  # the length of the extra field, which the directory does not have
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} overlaps what follows it"), open_source(path, tmp_path / "out"):
+        pass
+
+
+def test_weights_that_differ_from_their_checksum(folder, tmp_path):
+    path = pack_folder(tmp_path / "model.zip", folder)
+    data = bytearray(path.read_bytes())
+    at = data.index((folder / "model.safetensors").read_bytes()[-64:])
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="does not have its checksum"), open_source(path, tmp_path / "out"):
+        pass
+    assert not hidden(tmp_path)
+
+
+def test_the_checksum_says_how_far_it_is(folder, tmp_path):
+    reports = []
+    path = pack_folder(tmp_path / "model.zip", folder)
+    with open_source(path, tmp_path / "out", lambda *report: reports.append(report)):
+        size = (folder / "model.safetensors").stat().st_size
+        assert reports[-1] == ("Checking the zip", size, size)
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder):
+    checkpoint = Checkpoint(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 8)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        for name in checkpoint.names():
+            checkpoint[name]
+
+
+def test_a_folder_that_cannot_be_read(folder, tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folder), "iterdir", denied)
+    with pytest.raises(CheckpointError, match="model cannot be read"), open_source(folder, tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("content", ["[" * 200_000, "[]", '"', "\udcff"])
+def test_damaged_json_is_one_clear_error(hub_folder, tmp_path, name, content):
+    source = shutil.copytree(hub_folder("inference"), tmp_path / "source")
+    (source / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(FastVLMError, match=f"{name} (cannot be read as JSON|holds a JSON list)"):
+        convert(source, tmp_path / "out")
+
+
+def test_json_without_an_end_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr("mlx_fastvlm.json_file.MAX_BYTES", 10)
+    with pytest.raises(ConfigError, match="cannot be read as JSON .it has more than"):
+        read_config_dict(folder)
+
+
+@pytest.mark.parametrize(
+    "name, content, text",
+    [
+        ("added_tokens.json", {"<|im_start|>": "one"}, "does not give every token an id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": 2}}, "added_tokens_decoder"),
+        (
+            "config.json",
+            {"model_type": "llava_qwen2", "mm_vision_tower": "mobileclip_l_1024", "rope_parameters": [1]},
+            "rope",
+        ),
+    ],
+)
+def test_json_of_another_form(hub_folder, tmp_path, name, content, text):
+    source = shutil.copytree(hub_folder("inference"), tmp_path / "source")
+    (source / name).write_text(json.dumps(content))
+    with pytest.raises(FastVLMError, match=text):
+        convert(source, tmp_path / "out")
+
+
+def test_messages_about_a_zip_name_the_zip(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with open_source(pack_folder(tmp_path / "model.zip", folder), tmp_path / "out") as source:
+        with pytest.raises(CheckpointError, match=r"model\.zip/model\.safetensors\.index\.json"):
+            Checkpoint(source)
+        (source.path / "config.json").unlink()
+        with pytest.raises(ConfigError, match=r"model\.zip has no config\.json"):
+            read_config_dict(source.path, source.origin)
+
+
 def test_entries_that_share_their_bytes(tmp_path):
     path = pack(tmp_path / "model.zip", [("a.json", b"{}"), ("b.json", b"{}")])
     data = bytearray(path.read_bytes())
@@ -229,20 +327,24 @@ def test_limits(folder, tmp_path, monkeypatch):
 def test_a_full_disk_is_noticed_before_unpacking(folder, tmp_path, monkeypatch):
     path = pack_folder(tmp_path / "model.zip", folder, compression=zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1, 1))
-    with pytest.raises(CheckpointError, match="0.0 GB free"), open_source(path, tmp_path / "out"):
+    with pytest.raises(CheckpointError, match=r"needs 17 MB .* has 0 MB free"), open_source(path, tmp_path / "out"):
         pass
     assert not hidden(tmp_path)
 
 
 def test_sources_that_are_none(folder, tmp_path):
-    (tmp_path / "text.zip").write_text("no zip")
+    for name in ("text.zip", "text.txt"):
+        (tmp_path / name).write_text("no zip")
+    (tmp_path / "empty.ZIP").touch()
     two = pack(tmp_path / "two.zip", [("a/config.json", "{}"), ("b/config.json", "{}")])
     cut = tmp_path / "cut.zip"
     cut.write_bytes(pack_folder(tmp_path / "model.zip", folder).read_bytes()[:-100])
     for path, text in (
-        (tmp_path / "text.zip", "neither a folder nor a zip"),
-        (tmp_path / "nothing", "neither a folder nor a zip"),
-        (cut, "neither a folder nor a zip|damaged"),
+        (tmp_path / "text.txt", "neither a folder nor a zip"),
+        (tmp_path / "nothing.zip", "neither a folder nor a zip"),
+        (tmp_path / "text.zip", "damaged, so it is no zip file; download it again"),
+        (tmp_path / "empty.ZIP", "empty, cut off or damaged"),
+        (cut, "cut off or damaged"),
         (two, "several folders"),
     ):
         with pytest.raises(CheckpointError, match=text), open_source(path, tmp_path / "out"):

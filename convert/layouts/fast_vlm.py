@@ -151,7 +151,9 @@ def _image_size(processor: dict[str, Any]) -> int:
 
 def _side(size: Any, name: str) -> int:
     """The side that an image processor's `size` or `crop_size` means: a number, a square, or the shortest edge."""
-    given = [size[key] for key in ("shortest_edge", "height", "width") if key in size] if isinstance(size, dict) else [size]
+    given = (
+        [size[key] for key in ("shortest_edge", "height", "width") if key in size] if isinstance(size, dict) else [size]
+    )
     if not given or any(type(side) is not int or side <= 0 or side != given[0] for side in given):
         raise ConfigError(
             f"The image processor's {name} is {size!r}; expected the side of a square in pixels, such as "

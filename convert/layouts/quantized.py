@@ -116,7 +116,7 @@ class Dequantized:
         (*rows, width), (*_, groups) = self._tensors.shape(weight), self._tensors.shape(_scales(weight))
         if (
             self._tensors.dtype(weight) != _PACKED
-            or (self._tensors.dtype(_scales(weight)) == _FLOAT8) != (not packing.has_biases)
+            or (self._tensors.dtype(_scales(weight)) == _FLOAT8) == packing.has_biases
             or any(self._tensors.shape(name) != (*rows, groups) for name in parts[1:])
             or width * 32 != groups * packing.group_size * packing.bits
         ):

@@ -162,7 +162,7 @@ def quantize(
     from mlx_fastvlm.loading import resolve_model
 
     chosen = choose(recipe, decoder=decoder, embeddings=embeddings, projector=projector, vision_tower=vision)
-    pictures = [] if images is None else find_images(images, max_images)
+    pictures = [] if images is None else find_images(images, max_images, _skipped)
     with progress() as on_progress:
         folder = resolve_model(model, revision, on_progress)
     with progress() as on_progress:
@@ -212,7 +212,6 @@ def fidelity(
     mlx-fastvlm fidelity ./fastvlm-0.5b ./fastvlm-0.5b-int4 --images ./my-photos
     mlx-fastvlm fidelity demo ./demo-int4 --plot size.png --save-to-model
     """
-    from mlx_fastvlm.convert.model_card import write_card
     from mlx_fastvlm.fidelity.command import run
     from mlx_fastvlm.fidelity.report import format_fidelity
 
@@ -229,10 +228,9 @@ def fidelity(
             json_path=json_file,
             plot_path=plot,
             save_to_model=save_to_model,
+            on_skip=_skipped,
             on_progress=on_progress,
         )
-    if save_to_model:
-        write_card(Path(candidate), Path(candidate).resolve().name)
     say(format_fidelity(result))
 
 
@@ -273,11 +271,17 @@ def verify(
         raise CheckpointError(" ".join(found.problems))
 
 
+def _skipped(path: Path, reason: str) -> None:
+    """A picture that is left out; the reason names it."""
+    print(f"Notice: left out: {reason}", file=sys.stderr)
+
+
 def _report(folder: Path) -> None:
     """Say what was made, and what its user should know."""
     from mlx_fastvlm.convert.aside import read_notes
 
-    notes = read_notes(folder) or {}
+    notes = read_notes(folder)
+    assert notes is not None
     for notice in notes["notices"]:
         print(f"Notice: {notice}", file=sys.stderr)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

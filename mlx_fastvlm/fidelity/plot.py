@@ -61,9 +61,7 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     axes = figure.add_subplot()
     for label, marker, points in (("reference", "s", references), ("candidates", "o", candidates)):
         _, sizes, agreements = zip(*points, strict=True)
-        percent = [100 * agreement for agreement in agreements]
-        # Not clipped: the axis ends at 100%, where the reference is.
-        axes.scatter([size / 1e6 for size in sizes], percent, marker=marker, label=label, clip_on=False, zorder=3)
+        axes.scatter([size / 1e6 for size in sizes], [100 * value for value in agreements], marker=marker, label=label)
     # Names in turn to the right and to the left, from the top down: neighbors crowd each other less.
     everyone = sorted({*references, *candidates}, key=lambda point: (-point[2], point[1]))
     for (name, size, agreement), (offset, side) in zip(everyone, cycle([(6, "left"), (-6, "right")]), strict=False):
@@ -72,7 +70,9 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     lowest = 100 * min(agreement for *_, agreement in everyone)
     room = 0.1 * max(100 - lowest, 1)
     axes.set_xlim(0, max(size for _, size, _ in everyone) / 1e6 * 1.15)
-    axes.set_ylim(max(lowest - room, 0), 100)
+    limits = max(lowest - room, 0), 100 + room  # room for the reference's own mark, but no tick beyond 100%
+    axes.set_ylim(*limits)
+    axes.set_yticks([tick for tick in axes.get_yticks() if limits[0] <= tick < 100 + 1e-6])
     axes.set_xlabel("weights on disk, MB")
     axes.set_ylabel("top-1 agreement with the reference, %")
     axes.grid(alpha=0.3)
