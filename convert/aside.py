@@ -82,7 +82,7 @@ def written_aside(destination: Path, force: bool) -> Iterator[Path]:
         if error.errno == errno.ENOSPC:
             free = shutil.disk_usage(destination.parent).free
             raise CheckpointError(
-                f"The disk of {destination.parent} is full ({free / 1e9:.1f} GB free); free some room."
+                f"The disk of {destination.parent} is full ({readable_size(free)} free); free some room."
             ) from None
         raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}.") from None
     finally:

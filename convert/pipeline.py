@@ -29,7 +29,7 @@ from .record import RECORD, checksums, local_origin, model_files, stamp, stated_
 from .reparameterize import AnySite, ConvBatchNormSite, ConvSite, ScaledLinearSite, StackSite
 from .self_check import self_check
 from .source import Source, opened
-from .tensors import Tensors, row_blocks
+from .tensors import Tensors, same_tensor
 from .tokenizer import write_tokenizer
 from .weights import WeightErrors, parameter_shapes, site_blocks, stored_specs, write_weights
 from .writer import stored_bytes
@@ -250,20 +250,13 @@ def _checked(source: Source, dtype: str | None, recipe: Recipe | None) -> _Conve
 def _settle_head(config: FastVLMConfig, tensors: Tensors) -> tuple[FastVLMConfig, list[str]]:
     """Whether the head is tied, by what is stored: some configs of FastVLM say the opposite of their weights."""
     says_tied, is_stored = config.text_config.tie_word_embeddings, _HEAD in tensors
-    if says_tied and is_stored and _EMBEDDINGS in tensors and not _same_head(tensors):
+    if says_tied and is_stored and _EMBEDDINGS in tensors and not same_tensor(tensors, _EMBEDDINGS, _HEAD):
         notice = "config.json says tie_word_embeddings, but lm_head differs from the embeddings: it is kept."
     elif not says_tied and not is_stored:
         notice = "config.json says that embeddings and head are not tied, but no lm_head is stored: they are tied."
     else:
         return config, []
     return replace(config, text_config=replace(config.text_config, tie_word_embeddings=not says_tied)), [notice]
-
-
-def _same_head(tensors: Tensors) -> bool:
-    return tensors.shape(_HEAD) == tensors.shape(_EMBEDDINGS) and all(
-        mx.array_equal(tensors.rows(_HEAD, start, start + len(rows)), rows).item()
-        for start, rows in row_blocks(tensors, _EMBEDDINGS)
-    )
 
 
 def _tied_head(config: FastVLMConfig, tensors: Tensors) -> set[str]:

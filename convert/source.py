@@ -75,7 +75,7 @@ class _Opening:
                 if same
                 else f"{self.destination} lies in {path}, which is read; give a folder elsewhere."
             )
-        return self.stack.enter_context(open_source(path, self.destination))
+        return self.stack.enter_context(open_source(path, self.destination, self.on_progress))
 
 
 @contextmanager
@@ -142,9 +142,10 @@ def _model(folder: Folder, path: Path, if_converted: str) -> Source:
     if not (folder.path / "config.json").is_file():
         where = " at its top or in its one folder" if path.is_file() else ""
         raise CheckpointError(f"{path} has no config.json{where}, so it is not a checkpoint.")
-    raw_config = read_config_dict(folder.path)
+    raw_config = read_config_dict(folder.path, folder.origin)
     if FORMAT_KEY in raw_config:
-        raise CheckpointError(f"{path} is converted already; {if_converted}.")
+        todo = "unpack it and use its folder as it is" if path.is_file() else if_converted
+        raise CheckpointError(f"{path} is converted already; {todo}.")
     candidates(raw_config)  # another model's config is a clearer answer than its lack of weights
     layout = recognize(Checkpoint(folder), raw_config, folder.path)
     return Source(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError
+from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.quantization import Storage
 from mlx_fastvlm.safetensors_file import SafetensorsFile
@@ -72,12 +72,10 @@ def describe_model(folder: Path) -> dict[str, Any]:
 def _read_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not {"source", "revision", "license", "folded", "self_check", "created", "converter"} <= set(record):
-            raise ValueError("entries are missing")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); convert the model again.") from None
+    record = read_json_object(path, CheckpointError)
+    missing = sorted({"source", "revision", "license", "folded", "self_check", "created", "converter"} - set(record))
+    if missing:
+        raise CheckpointError(f"{path} is damaged ({missing[0]!r} is missing); convert the model again.")
     return record
 
 

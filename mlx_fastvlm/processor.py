@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError, ConfigError
 from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
+from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.prompt import Message, build_prompt, tokenize_prompt
 from mlx_fastvlm.text_stream import TextStream
 
@@ -44,11 +44,12 @@ class Processor:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception, for a missing file too
             raise CheckpointError(f"{path} cannot be read ({error}); convert the model again.") from None
+        path = folder / "preprocessor_config.json"
         try:
-            image_processor = ImageProcessor.from_config(json.loads((folder / "preprocessor_config.json").read_text()))
-        except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
+            image_processor = ImageProcessor.from_config(read_json_object(path, ConfigError))
+        except (ValueError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(
-                f"{folder / 'preprocessor_config.json'} cannot be read ({error}); convert the model again."
+                f"{path} cannot be read ({error}); convert the model again."
             ) from None
         stops = {tokenizer.token_to_id(token) for token in STOP_TOKENS} - {None}
         return cls(tokenizer, image_processor, frozenset(stops | set(config.eos_token_id)))

@@ -47,7 +47,7 @@ class Storage:
         for name, value, known in zip(
             ("bits", "group_size"), (self.bits, self.group_size), MODES[self.mode], strict=True
         ):
-            if value not in known:
+            if type(value) is not int or value not in known:
                 wanted = ", ".join(map(str, known))
                 raise ConfigError(f"Quantization {name} is {value!r}; {self.mode} has {wanted}.")
 

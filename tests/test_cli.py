@@ -179,7 +179,7 @@ BAD_COMMANDS = [
     (["quantize", "demo", "out", "--images", "nowhere"], "nowhere"),
     (["quantize", "demo", "out", "--images", str(GOLDEN)], "holds no pictures"),
     (["describe", PICTURE, "--kv-bits", "7"], "kv_bits"),  # before any download
-    (["verify", str(GOLDEN)], "config.json"),
+    (["verify", str(GOLDEN)], "no conversion.json"),
     (["fidelity", "demo", "nowhere"], "nowhere"),
     (["fidelity", "demo", "demo", "--save-to-model"], "demo is not the folder"),
     (["fidelity", "demo", "demo", "--images", "nowhere"], "nowhere"),
