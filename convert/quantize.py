@@ -19,9 +19,9 @@ from mlx_fastvlm.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from .archive import check_inside
 from .aside import check_destination, check_room, write_json, written_aside
 from .calibrate import PROMPTS, calibrate, calibrated_layers
-from .pipeline import SMALL_FILES, copy_notices, finish, left_out, quantization_entry, quantized_facts
+from .pipeline import SMALL_FILES, copy_notices, finish, quantization_entry
 from .recipes import RECIPES, Recipe, choose, plan
-from .record import local_origin, origin_places, read_record
+from .record import left_out, local_origin, origin_places, quantized_facts, read_record
 from .tensors import row_blocks
 from .tokenizer import NOTES as TOKENIZER_NOTES
 from .weights import Block, parameter_shapes, stored_specs, write_weights

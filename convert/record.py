@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.json_file import read_json_object
+from mlx_fastvlm.quantization import QuantizationConfig, part_of
+
+from .reparameterize import AnySite, ConvBatchNormSite, ConvSite, ScaledLinearSite
+from .tensors import Tensors
+from .weights import WeightErrors, stored_specs
+from .writer import stored_bytes
 
 RECORD = "conversion.json"
 APPLE_LICENSE = "apple-amlr"
@@ -122,3 +132,55 @@ def stated_license(folder: Path) -> str:
     if any(APPLE_LICENSE_TITLE in path.read_text(encoding="utf-8", errors="replace")[:_LICENSE_HEAD] for path in texts):
         return APPLE_LICENSE
     return "see LICENSE" if texts else NO_LICENSE
+
+
+def folded_facts(found: list[AnySite], tensors: Tensors) -> dict[str, int]:
+    """What was folded, counted by kind."""
+    convs = [site for site in found if isinstance(site, ConvSite) and site.is_training_form(tensors)]
+    return {
+        "batch_norms": sum(1 for site in convs for name in site.sources(tensors) if name.endswith("running_mean")),
+        "multi_branch_blocks": sum(not isinstance(site, ConvBatchNormSite) for site in convs),
+        "layer_scales": sum(
+            name.rpartition(".")[2].startswith("layer_scale") for site in found for name in site.sources(tensors)
+        ),
+        "convolutions_to_linear": sum(
+            (isinstance(site, ConvSite) and site.as_linear)
+            or (isinstance(site, ScaledLinearSite) and len(tensors.shape(f"{site.source}.weight")) == 4)
+            for site in found
+        ),
+    }
+
+
+def left_out(quantization: QuantizationConfig | None) -> list[str]:
+    """A notice on the layers that keep their type although their part is quantized."""
+    if quantization is None:
+        return []
+    counts = Counter(
+        part_of(path)
+        for path, storage in quantization.layers.items()
+        if storage is None and quantization.parts[part_of(path)]
+    )
+    return [
+        f"{count} {'layer' if count == 1 else 'layers'} of {part} could not be quantized in groups of "
+        f"{quantization.parts[part].group_size}, which do not divide the rows."
+        for part, count in counts.items()
+    ]
+
+
+def quantized_facts(
+    shapes: dict[str, tuple[int, ...]],
+    dtype: mx.Dtype,
+    quantization: QuantizationConfig | None,
+    errors: WeightErrors,
+    calibration_images: int = 0,
+) -> dict[str, Any] | None:
+    """What conversion.json says of the quantization, or None if there is none."""
+    if quantization is None:
+        return None
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    return {
+        "recipe": quantization.recipe,
+        "bits_per_weight": round(8 * stored_bytes(stored_specs(shapes, dtype, quantization)) / weights, 3),
+        "relative_weight_error": {part: float(f"{error:.3g}") for part, error in errors.relative().items()},
+        "calibration_images": calibration_images,
+    }

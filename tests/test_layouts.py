@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
+from mlx_fastvlm import load
 from mlx_fastvlm.config import FastVLMConfig
+from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.checkpoint import Checkpoint
 from mlx_fastvlm.convert.key_map import TOWER, check_names, sites, tower_sites
 from mlx_fastvlm.convert.layouts import LAYOUTS, recognize, tower_alone
@@ -15,6 +17,7 @@ from mlx_fastvlm.convert.tensors import Renamed, Stored
 from mlx_fastvlm.errors import CheckpointError, ConfigError
 from tests.reference import layouts as write
 from tests.reference.hub_checkpoint import write_hub_checkpoint
+from tests.tolerances import relative_error
 
 FORMS = ("inference", "training")
 
@@ -447,3 +450,29 @@ def test_no_tower_at_all(hub_folder, tmp_path):
     folder = write.write_apple_export(hub_folder("inference"), tmp_path / "f")
     with pytest.raises(CheckpointError, match="no FastViTHD tower"):
         tower_alone(Checkpoint(folder), FastVLMConfig.from_folder(hub_folder("inference")).vision_config)
+
+
+END_TO_END = {
+    "fast_vlm": write.write_fast_vlm,
+    "mlx-vlm": write.write_mlx_vlm,
+    "timm's tower": write.write_llava_with_timm_tower,
+}
+
+
+@pytest.mark.parametrize("name", END_TO_END)
+def test_the_converted_model_is_the_hubs_whatever_the_layout(name, hub_folder, tmp_path):
+    folder = END_TO_END[name](hub_folder("inference"), tmp_path / "other")
+    found = mx.load(str(convert(folder, tmp_path / "found") / "model.safetensors"))
+    wanted = mx.load(str(convert(hub_folder("inference"), tmp_path / "wanted") / "model.safetensors"))
+    assert set(found) == set(wanted)
+    for tensor, array in wanted.items():
+        assert found[tensor].dtype == array.dtype and mx.array_equal(found[tensor], array).item(), tensor
+
+
+def test_a_quantized_mlx_vlm_folder_converts_and_answers(hub_folder, tmp_path):
+    how = {"group_size": 32, "bits": 8}
+    folder = write.write_mlx_vlm(hub_folder("inference"), tmp_path / "other", quantization=how)
+    converted = convert(folder, tmp_path / "found")
+    assert "quantization" not in json.loads((converted / "config.json").read_text())
+    found, wanted = (load(path)[0]([5, 6, 7]) for path in (converted, hub_folder("inference")))
+    assert relative_error(found, wanted) < 0.1
