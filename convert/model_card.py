@@ -85,6 +85,8 @@ def changes(record: dict[str, Any]) -> list[str]:
 
 def _front_matter(folder: Path, record: dict[str, Any], tags: Sequence[str]) -> str:
     lines = ["pipeline_tag: image-text-to-text", f"tags: [{', '.join(tags)}]"]
+    if "mlx" in tags:
+        lines.insert(0, "library_name: mlx")
     if record.get("base_model"):
         lines.insert(0, f"base_model: {record['base_model']}")
     if _is_apples(record):
