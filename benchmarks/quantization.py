@@ -207,7 +207,8 @@ def write_docs(docs: Path | None, plot: Path | None) -> None:
         docs.write_text(fill_docs(docs.read_text(encoding="utf-8"), results), encoding="utf-8")
     if plot is not None:
         models = results["quantization"]["models"]
-        plot_fidelity([Fidelity.from_dict(model["fidelity"]) for model in models[1:]], plot)
+        shown = [model for model in models[1:] if model["recipe"] != "float32"]  # twice the size, and nothing gained
+        plot_fidelity([Fidelity.from_dict(model["fidelity"]) for model in shown], plot)
 
 
 def _table(rows: list[dict[str, str]]) -> str:

@@ -48,9 +48,7 @@ class Processor:
         try:
             image_processor = ImageProcessor.from_config(read_json_object(path, ConfigError))
         except (ValueError, TypeError, AttributeError, ConfigError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}); convert the model again."
-            ) from None
+            raise CheckpointError(f"{path} cannot be read ({error}); convert the model again.") from None
         stops = {tokenizer.token_to_id(token) for token in STOP_TOKENS} - {None}
         return cls(tokenizer, image_processor, frozenset(stops | set(config.eos_token_id)))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +61,18 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     for label, marker, points in (("reference", "s", references), ("candidates", "o", candidates)):
         _, sizes, agreements = zip(*points, strict=True)
         axes.scatter([size / 1e6 for size in sizes], [100 * value for value in agreements], marker=marker, label=label)
-    # Names in turn to the right and to the left, from the top down: neighbors crowd each other less.
-    everyone = sorted({*references, *candidates}, key=lambda point: (-point[2], point[1]))
-    for (name, size, agreement), (offset, side) in zip(everyone, cycle([(6, "left"), (-6, "right")]), strict=False):
-        place = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8}
-        axes.annotate(name, (size / 1e6, 100 * agreement), **place)
+    # Names stand in a column beside the picture, in the order of the points' heights: neighbors never cover each other.
+    everyone = sorted({*references, *candidates}, key=lambda point: (point[2], -point[1]))
+    for place, (name, size, agreement) in enumerate(everyone):
+        axes.annotate(
+            name,
+            (size / 1e6, 100 * agreement),
+            xytext=(1.03, (place + 0.5) / len(everyone)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6"},
+        )
     lowest = 100 * min(agreement for *_, agreement in everyone)
     room = 0.1 * max(100 - lowest, 1)
     axes.set_xlim(0, max(size for _, size, _ in everyone) / 1e6 * 1.15)
@@ -76,5 +82,5 @@ def _draw(results: Sequence[Fidelity]) -> Figure:
     axes.set_xlabel("weights on disk, MB")
     axes.set_ylabel("top-1 agreement with the reference, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
     return figure
