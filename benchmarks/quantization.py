@@ -6,6 +6,7 @@ of easy-VQA's test questions (pip install easy-vqa). With --full-size, a model o
 not mean anything: size, memory and speed, each taken in processes that hold nothing else, in turns.
 
   python -m mlx_fastvlm.benchmarks.quantization --save
+  python -m mlx_fastvlm.benchmarks.quantization --kv-bits 8 6 5 4 3 2 --save quantization-kv
   python -m tests.reference.hub_checkpoint random-0.5b --config 0.5b      (from the repository root)
   python -m mlx_fastvlm.benchmarks.quantization --full-size random-0.5b --save quantization-0.5b
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert.quantize import RECIPES, quantize
@@ -43,7 +45,7 @@ from mlx_fastvlm.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
 from .easy_vqa import answers, exact_match, test_questions, training_pictures
 from .picture import picture_file
-from .quantization_docs import cells, demo_rows, fill_docs, full_size_rows
+from .quantization_docs import SAVED, cells, demo_rows, fill_docs, full_size_rows, kv_rows
 from .report import format_table, save_json
 from .ttft import resolve_aside
 
@@ -63,6 +65,8 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise BenchmarkError(f"There is no recipe {unknown[0]}; choose of {', '.join(known)}.")
     if args.full_size is not None:
         return measure_full_size(args, recipes)
+    if args.kv_bits:
+        return measure_kv(args.kv_bits)
     return measure_demo(recipes, args.limit)
 
 
@@ -74,9 +78,7 @@ def measure_demo(names: Sequence[str], limit: int | None) -> tuple[str, dict[str
         limit: test pictures to ask about; None takes all.
     """
     asked = test_questions(limit)
-    step = max(1, len(asked) // FIDELITY_PICTURES)
-    pictures = [picture for picture, _ in asked[::step]][:FIDELITY_PICTURES]
-    pictures += [draw(index) for index in range(NUM_GENERATED)]  # the model is less sure of these
+    pictures = _fidelity_pictures(asked)
     reference = resolve_model(DEMO)
     models = []
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as work:
@@ -98,6 +100,18 @@ def measure_demo(names: Sequence[str], limit: int | None) -> tuple[str, dict[str
             progress(f"{models[-1]['recipe']}: {accuracy['exact_match']:.2%} in {models[-1]['seconds']:.0f} s")
     result = {"model": DEMO, "test_pictures": len(asked), "models": models}
     return _table(demo_rows(result)), result
+
+
+def measure_kv(all_bits: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Fidelity of the demo model to itself when it holds keys and values in fewer bits."""
+    pictures = _fidelity_pictures(test_questions())
+    models = []
+    for bits in all_bits:
+        fidelity = measure_fidelity(DEMO, DEMO, pictures, FIDELITY_PROMPTS, kv_bits=bits, speed_rounds=0)
+        models.append({"kv_bits": bits, "fidelity": fidelity.to_dict()})
+        progress(f"{bits} bits: KL {fidelity.next_token.kl_mean:.1e}")
+    result = {"model": DEMO, "models": models}
+    return _table(kv_rows(result)), result
 
 
 def measure_full_size(args: argparse.Namespace, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -195,7 +209,7 @@ def write_docs(docs: Path | None, plot: Path | None) -> None:
         OptionError: the picture cannot be drawn or written.
     """
     results = {}
-    for name in ("quantization", "quantization-0.5b"):
+    for name in SAVED:
         path = Path("benchmarks", "results", f"{name}.json")
         try:
             results[name] = json.loads(path.read_text(encoding="utf-8"))
@@ -211,6 +225,13 @@ def write_docs(docs: Path | None, plot: Path | None) -> None:
         plot_fidelity([Fidelity.from_dict(model["fidelity"]) for model in shown], plot)
 
 
+def _fidelity_pictures(asked: Sequence[tuple[Path, Any]]) -> list[Path | np.ndarray]:
+    """Some of the test pictures, and the generated ones, of which the model is less sure."""
+    step = max(1, len(asked) // FIDELITY_PICTURES)
+    pictures = [picture for picture, _ in asked[::step]][:FIDELITY_PICTURES]
+    return [*pictures, *(draw(index) for index in range(NUM_GENERATED))]
+
+
 def _table(rows: list[dict[str, str]]) -> str:
     return format_table(*cells(rows))
 
@@ -219,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("quantization", __doc__)
     parser.add_argument("--recipes", metavar="NAME", nargs="+", help="which ones (all)")
     parser.add_argument("--limit", metavar="N", type=at_least_one, help="ask about the first N test pictures only")
+    parser.add_argument("--kv-bits", metavar="N", type=int, nargs="+", help="instead: keys and values in N bits")
     parser.add_argument("--full-size", metavar="MODEL", help="measure this folder or hub id: size, memory, speed")
     add_picture(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="--full-size: type to compute in (the runtime's choice)")

@@ -9,11 +9,26 @@ from typing import Any
 from .command import BenchmarkError
 
 Row = dict[str, str]  # column → cell
+SAVED = ("quantization", "quantization-kv", "quantization-0.5b")  # names of the results that the page shows
 
 
 def demo_rows(result: Mapping[str, Any]) -> list[Row]:
     """Size, fidelity and accuracy of the demo model, a row a recipe."""
     return [_demo_row(model) for model in result["models"]]
+
+
+def kv_rows(result: Mapping[str, Any]) -> list[Row]:
+    """What fewer bits for keys and values cost the demo model, a row a number of bits."""
+    return [
+        {
+            "bits": str(model["kv_bits"]),
+            "KL, nats": f"{model['fidelity']['next_token']['kl_mean']:.1e}",
+            "top-1 agreement": f"{model['fidelity']['next_token']['top1_agreement']:.1%}",
+            "perplexity": f"{model['fidelity']['next_token']['perplexity_change']:+.2%}",
+            "same answers": f"{model['fidelity']['answers']['identical']:.0%}",
+        }
+        for model in result["models"]
+    ]
 
 
 def full_size_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -42,9 +57,9 @@ def fill_docs(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page with every generated block renewed.
 
     Args:
-        text: Markdown with `<!-- begin NAME -->` and `<!-- end NAME -->` around what is generated: "claim", "demo"
-            and "full-size".
-        results: "quantization" and "quantization-0.5b" → the saved results.
+        text: Markdown with `<!-- begin NAME -->` and `<!-- end NAME -->` around what is generated: "claim", "demo",
+            "kv" and "full-size".
+        results: each of SAVED → the saved result.
 
     Raises:
         BenchmarkError: a mark is missing.
@@ -53,6 +68,7 @@ def fill_docs(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     blocks: dict[str, Callable[[], str]] = {
         "claim": lambda: claim(demo, full),
         "demo": lambda: _markdown(demo_rows(demo)),
+        "kv": lambda: _markdown(kv_rows(results["quantization-kv"])),
         "full-size": lambda: _markdown(full_size_rows(full)),
     }
     for name, render in blocks.items():

@@ -208,6 +208,16 @@ def test_a_timed_process_runs_nothing_of_the_current_folder(tmp_path, monkeypatc
     assert not (tmp_path / "has-run").exists()
 
 
+def test_keys_and_values_in_fewer_bits_are_the_candidates_alone():
+    kinds = [measure("demo", "demo", [PICTURE], max_tokens=8, kv_bits=bits, speed_rounds=0) for bits in (None, 8, 2)]
+    divergences = [kind.next_token.kl_mean for kind in kinds]
+    assert divergences[0] == 0 < divergences[1] < divergences[2]
+    assert "demo holds keys and values in 2 bits." in format_fidelity(kinds[2])
+    assert Fidelity.from_dict(kinds[2].to_dict()).kv_bits == 2
+    with pytest.raises(OptionError, match="kv_bits is 7"):
+        measure("demo", "demo", [PICTURE], kv_bits=7)
+
+
 def test_ctrl_c_ends_the_process_that_is_timed(tmp_path, monkeypatch):
     started = tmp_path / "pid"
     sleep = f"import os, time; open({str(started)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
@@ -218,9 +228,13 @@ def test_ctrl_c_ends_the_process_that_is_timed(tmp_path, monkeypatch):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)  # to this process alone, not to its group as a terminal does
 
-    threading.Thread(target=press_ctrl_c, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        time_in_turns({"reference": tmp_path}, PICTURE, "What?", None, rounds=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
+    try:
+        threading.Thread(target=press_ctrl_c, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            time_in_turns({"reference": tmp_path}, PICTURE, "What?", None, rounds=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         _, status = os.waitpid(int(started.read_text()), 0)
     except ChildProcessError:
@@ -586,7 +600,7 @@ def test_the_saved_results_are_of_todays_recipes(name):
 def test_the_page_on_quantization_is_what_the_saved_results_render_to():
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        for name in ("quantization", "quantization-0.5b")
+        for name in quantization_docs.SAVED
     }
     page = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
     assert quantization_docs.fill_docs(page, results) == page

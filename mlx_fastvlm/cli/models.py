@@ -192,6 +192,10 @@ def fidelity(
     dtype: Annotated[
         DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
     ] = None,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(help="Hold CANDIDATE's keys and values in so many bits.", show_default="no quantization"),
+    ] = None,
     speed_rounds: Annotated[int, typer.Option(min=0, help="How often to time each model; 0 leaves speed out.")] = 3,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.", show_default=False)
@@ -224,6 +228,7 @@ def fidelity(
             max_images=max_images,
             max_tokens=max_tokens,
             dtype=dtype and dtype.value,
+            kv_bits=kv_bits,
             speed_rounds=speed_rounds,
             json_path=json_file,
             plot_path=plot,

@@ -33,6 +33,7 @@ def run(
     max_images: int = DEFAULT_MAX_IMAGES,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     dtype: str | None = None,
+    kv_bits: int | None = None,
     speed_rounds: int = DEFAULT_SPEED_ROUNDS,
     json_path: Path | None = None,
     plot_path: Path | None = None,
@@ -43,7 +44,7 @@ def run(
     """Measure, and write what was asked for.
 
     Args:
-        reference, candidate, max_tokens, dtype, speed_rounds, on_progress: see `comparison.measure`.
+        reference, candidate, max_tokens, dtype, kv_bits, speed_rounds, on_progress: see `comparison.measure`.
         images: folder with pictures; None takes the built-in ones. Those that cannot be decoded are left out.
         prompts: questions; None or none takes DEFAULT_PROMPTS.
         max_images: take this many pictures of the folder at most, the first by name.
@@ -72,6 +73,7 @@ def run(
         tuple(prompts or DEFAULT_PROMPTS),
         max_tokens=max_tokens,
         dtype=dtype,
+        kv_bits=kv_bits,
         speed_rounds=speed_rounds,
         on_progress=on_progress,
     )

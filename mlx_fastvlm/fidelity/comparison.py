@@ -27,7 +27,7 @@ from mlx_fastvlm.fidelity.arithmetic import NextTokenTally, compare_answers, row
 from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, write_generated
 from mlx_fastvlm.fidelity.results import Cosine, Fidelity, ModelFacts, with_speed
 from mlx_fastvlm.fidelity.stopwatch import SPEED_TOKENS, time_in_turns
-from mlx_fastvlm.generate import generate_step, prefill
+from mlx_fastvlm.generate import check_options, generate_step, prefill
 from mlx_fastvlm.image_processing import open_image
 from mlx_fastvlm.loading import load, resolve_model
 from mlx_fastvlm.processor import Processor
@@ -51,6 +51,7 @@ def measure(
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     dtype: str | None = None,
+    kv_bits: int | None = None,
     speed_rounds: int = DEFAULT_SPEED_ROUNDS,
     on_progress: OnStep | None = None,
 ) -> Fidelity:
@@ -63,6 +64,7 @@ def measure(
         prompts: questions, each asked about each image.
         max_tokens: longest answer in tokens.
         dtype: type to compute in, for both; see `load`.
+        kv_bits: the candidate holds keys and values in so many bits; see `stream_generate`.
         speed_rounds: processes per model for memory and speed; 0 leaves these out.
         on_progress: told how far the work is, a conversion included.
 
@@ -72,6 +74,7 @@ def measure(
         FastVLMError: a model cannot be loaded or an image cannot be read, see `load` and `open_image`.
     """
     _check_options(images, prompts, max_tokens, speed_rounds)
+    check_options(max_tokens=max_tokens, temp=0, top_p=1, top_k=0, repetition_penalty=1, seed=None, kv_bits=kv_bits)
     report = on_progress or (lambda what, done, total: None)
     folders = {"reference": resolve_model(reference, None, report), "candidate": resolve_model(candidate, None, report)}
     provenance = {role: _provenance(folder) for role, folder in folders.items()}
@@ -84,15 +87,18 @@ def measure(
         _check_room(work, folders["reference"], len(pictures) * len(prompts) * max_tokens)
 
         recorded, reference_type = _record(folders["reference"], dtype, pictures, questions, max_tokens, work, report)
-        comparison, candidate_type = _compare(folders["candidate"], dtype, pictures, questions, recorded, work, report)
+        subject = _Subject(folders["candidate"], dtype, kv_bits)
+        comparison = _compare(subject, pictures, questions, recorded, work, report)
         facts = {
             "reference": _model_facts(reference, folders["reference"], reference_type, provenance["reference"]),
-            "candidate": _model_facts(candidate, folders["candidate"], candidate_type, provenance["candidate"]),
+            "candidate": _model_facts(candidate, folders["candidate"], subject.dtype, provenance["candidate"]),
         }
         machine = describe_machine()
         if speed_rounds:
             picture = _as_file(pictures[0], work / "speed.png")
-            speeds = time_in_turns(folders, picture, prompts[0], dtype, speed_rounds, report)
+            speeds = time_in_turns(
+                folders, picture, prompts[0], dtype, speed_rounds, report, kv_bits={"candidate": kv_bits}
+            )
             facts = {role: with_speed(facts[role], speeds[role]) for role in facts}
     return Fidelity(
         **facts,
@@ -102,14 +108,17 @@ def measure(
         prompts=tuple(prompts),
         max_tokens=max_tokens,
         machine=machine,
+        kv_bits=kv_bits,
     )
 
 
 class _Subject:
     """A loaded model that is being asked."""
 
-    def __init__(self, folder: Path, dtype: str | None):
+    def __init__(self, folder: Path, dtype: str | None, kv_bits: int | None = None):
+        mx.clear_cache()  # what a model before this one held
         self._folder = folder
+        self._kv_bits = kv_bits
         self._model, self._processor = load(folder, dtype=dtype)
         self.dtype = str(self._model.dtype).removeprefix("mlx.core.")
 
@@ -121,7 +130,7 @@ class _Subject:
 
     def answer(self, input_ids: Sequence[int], rows: mx.array, max_tokens: int) -> list[int]:
         """Greedy tokens; the one that ends the answer is the last, unless max_tokens cuts it off."""
-        cache = self._model.make_cache()
+        cache = self._model.make_cache(self._kv_bits)
         logits = prefill(self._model, self._model.embed(input_ids, [rows]), cache)
         tokens = []
         for token in generate_step(logits, self._model, cache, max_tokens=max_tokens, sampler=make_sampler()):
@@ -138,7 +147,7 @@ class _Subject:
         """
         decoder = self._model.language_model
         embeddings = self._model.embed([*input_ids, *answer[:-1]], [rows])
-        hidden = decoder.hidden_states(embeddings, self._model.make_cache())
+        hidden = decoder.hidden_states(embeddings, self._model.make_cache(self._kv_bits))
         logits = decoder.logits(hidden[0, -len(answer) :]).astype(mx.float32)
         found = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         if not np.isfinite(found).all():
@@ -178,21 +187,18 @@ def _record(
 
 
 def _compare(
-    folder: Path,
-    dtype: str | None,
+    subject: _Subject,
     pictures: Sequence[Picture],
     questions: Sequence[list[int]],
     recorded: dict[tuple[int, int], list[int]],
     work: Path,
     report: OnStep,
-) -> tuple[dict[str, Any], str]:
+) -> dict[str, Any]:
     """Ask the candidate the same and compare; files in `work` are deleted once they are used.
 
     Returns:
-        Fidelity's fields that come of the comparison, and the type the candidate computed in.
+        Fidelity's fields that come of the comparison.
     """
-    mx.clear_cache()  # what the reference held
-    subject = _Subject(folder, dtype)
     cosines: dict[str, list[np.ndarray]] = {"tower": [], "image": []}
     tally = NextTokenTally()
     pairs = []
@@ -214,7 +220,7 @@ def _compare(
         "image_features": _cosine_or_none(cosines["image"]),
         "next_token": tally.summarize(),
         "answers": compare_answers(pairs),
-    }, subject.dtype
+    }
 
 
 def _cosine_or_none(rows: list[np.ndarray]) -> Cosine | None:

@@ -68,6 +68,8 @@ def _what_was_asked(fidelity: Fidelity) -> str:
         f"{fidelity.candidate.name} against {fidelity.reference.name}: {fidelity.num_images} pictures, {prompts}, "
         f"up to {fidelity.max_tokens} tokens, greedy."
     ]
+    if fidelity.kv_bits is not None:
+        lines.append(f"{fidelity.candidate.name} holds keys and values in {fidelity.kv_bits} bits.")
     if fidelity.pictures == "generated":
         lines.append("The pictures are generated shapes and textures; give your own (--images) to know about yours.")
     return "\n".join(lines)

@@ -126,6 +126,7 @@ class Fidelity:
         pictures: "generated" for the built-in ones, "own" for the user's.
         num_images, prompts, max_tokens: what was asked.
         machine: where it was measured, see `benchmarks.machine.describe_machine`; its `time` is the date.
+        kv_bits: how the candidate held keys and values; None as they are computed.
     """
 
     reference: ModelFacts
@@ -139,6 +140,7 @@ class Fidelity:
     prompts: tuple[str, ...]
     max_tokens: int
     machine: dict[str, Any]
+    kv_bits: int | None = None
 
     @property
     def size_ratio(self) -> float:
@@ -175,6 +177,7 @@ class Fidelity:
             prompts=tuple(value["prompts"]),
             max_tokens=value["max_tokens"],
             machine=value["machine"],
+            kv_bits=value.get("kv_bits"),
         )
 
 

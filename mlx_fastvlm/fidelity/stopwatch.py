@@ -28,6 +28,7 @@ def time_in_turns(
     dtype: str | None,
     rounds: int,
     on_progress: Callable[[str, int, int], None] | None = None,
+    kv_bits: Mapping[str, int | None] | None = None,
 ) -> dict[str, Speed]:
     """Time each model once in each round, in the order given.
 
@@ -38,6 +39,7 @@ def time_in_turns(
         dtype: type to compute in, see `load`.
         rounds: 1 or more; medians are taken over them.
         on_progress: told how many processes are done.
+        kv_bits: label → bits of keys and values; None, or a label that is missing, does not quantize them.
 
     Returns:
         label → what was measured.
@@ -51,7 +53,14 @@ def time_in_turns(
             if on_progress:
                 on_progress("timing", turn * len(folders) + position, rounds * len(folders))
             samples[label].append(
-                _ask(folder=str(folder), image=str(image), prompt=prompt, max_tokens=SPEED_TOKENS, dtype=dtype)
+                _ask(
+                    folder=str(folder),
+                    image=str(image),
+                    prompt=prompt,
+                    max_tokens=SPEED_TOKENS,
+                    dtype=dtype,
+                    kv_bits=(kv_bits or {}).get(label),
+                )
             )
     if on_progress:
         on_progress("timing", rounds * len(folders), rounds * len(folders))

@@ -17,12 +17,14 @@ from mlx_fastvlm.generate import stream_generate
 from mlx_fastvlm.loading import load
 
 
-def answer(folder: str, image: str, prompt: str, max_tokens: int, dtype: str | None) -> dict[str, Any]:
+def answer(
+    folder: str, image: str, prompt: str, max_tokens: int, dtype: str | None, kv_bits: int | None
+) -> dict[str, Any]:
     """Time a model's second answer (the first pays for what MLX does once). Keys as in `results.Speed`."""
     model, processor = load(folder, dtype=dtype)
     processor.eos_token_ids = frozenset()  # an answer of max_tokens, whatever the model would say
     for _ in range(2):
-        *_, last = stream_generate(model, processor, prompt, image=image, max_tokens=max_tokens)
+        *_, last = stream_generate(model, processor, prompt, image=image, max_tokens=max_tokens, kv_bits=kv_bits)
     return {
         "ttft_s": last.ttft,
         "decode_tps": last.generation_tps,
