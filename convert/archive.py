@@ -86,7 +86,7 @@ def open_source(source: Path, beside: Path, on_progress: OnProgress | None = Non
             is damaged, unsafe to unpack or too large for the disk.
     """
     if source.is_dir():
-        _check_links(source)
+        check_links(source)
         yield Folder(source, source)
         return
     _check_is_zip(source)
@@ -156,10 +156,11 @@ def _own_header(file: BinaryIO, member: zipfile.ZipInfo) -> tuple[int, int, byte
     return flags, method, file.read(name_length), start
 
 
-def _check_links(folder: Path) -> None:
+def check_links(folder: Path) -> None:
     """Raise CheckpointError if a folder cannot be read or a link leads out of it; one that leads nowhere does no harm."""
     try:
-        links = [path for path in folder.iterdir() if path.is_symlink() and path.exists()]
+        inside = [*folder.iterdir(), *(path for package in folder.glob("*.mlpackage") for path in package.rglob("*"))]
+        links = [path for path in inside if path.is_symlink() and path.exists()]
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror or error}).") from None
     for path in links:

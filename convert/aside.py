@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -132,7 +132,7 @@ def _check_replaceable(destination: Path) -> None:
     if notes is None:
         raise OptionError(f"{destination} is not a converted model; --force will not delete it.")
     made = notes.get("sha256") or notes.get("files")
-    if not made:  # an older release's, which did not list its files
+    if not isinstance(made, dict | list):  # an older release's, which did not list its files
         return
     allowed = {*made, *MADE_BY_US, "README.md", "fidelity.json", ".DS_Store"}
     others = sorted(path.name for path in destination.iterdir() if path.name not in allowed)
@@ -148,8 +148,10 @@ def _remove_abandoned(destination: Path) -> None:
     Folders being written are kept for a day: another process may be at it. A replaced folder's remains are not needed
     once the new one is in its place.
     """
-    name = glob.escape(destination.name)
-    for left in [*destination.parent.glob(f".{name}.*.partial"), *destination.parent.glob(f".{name}.*.old")]:
+    ours = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{8}}(\.source)?\.(partial|old)")
+    for left in destination.parent.iterdir():
+        if not ours.fullmatch(left.name):
+            continue
         try:
             age = time.time() - left.stat().st_mtime
         except OSError:  # its own process has just removed it

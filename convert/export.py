@@ -26,10 +26,12 @@ from mlx_fastvlm.loading import DTYPES, FORMAT_KEY, OnProgress, as_path, is_conv
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.safetensors_file import DTYPE_NAMES
 
+from .archive import check_links
 from .aside import check_destination, check_room, read_notes, write_json, written_aside
 from .checkpoint import Checkpoint
+from .licenses import NO_LICENSE
 from .model_card import write_export_card
-from .record import NO_LICENSE, model_files
+from .record import model_files
 from .tensors import Combined, Tensors, row_blocks
 from .tokenizer import write_tokenizer
 from .unfold import CLIP_HEAD, Exported, Shapes, Unfolded, hub_tensors, mlx_vlm_tensors
@@ -105,6 +107,7 @@ def export(
     if folder.resolve() == destination.resolve():
         raise OptionError(f"Source and destination are the same folder, {folder}.")
     raw_config = _converted_config(folder)
+    check_links(folder)
     config = FastVLMConfig.from_dict(raw_config)
     if layout == "mlx-vlm":
         _refuse_other_towers(config.vision_config)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import APPLE_LICENSE, read_record
+from .licenses import APPLE_LICENSE
+from .record import read_record
 
 CARD = "README.md"
 FIDELITY = "fidelity.json"
@@ -64,7 +65,7 @@ def render_card(folder: Path, name: str) -> str:
 def changes(record: dict[str, Any]) -> list[str]:
     """What the conversion did, one sentence a line."""
     folded = record["folded"]
-    lines = [f"Source: {record['source']}" + (f" at {record['revision']}" if record["revision"] else "")]
+    lines = [f"Source: {record['source']}" + (f" at {record['revision']}" if record.get("revision") else "")]
     if any(folded.values()):
         said = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in folded.items() if count)
         error = record["self_check"]["max_relative_error"]

@@ -27,18 +27,16 @@ from .record import (
     checksums,
     folded_facts,
     left_out,
-    local_origin,
     model_files,
     quantized_facts,
+    relative_places,
     stamp,
-    stated_license,
 )
 from .self_check import self_check
-from .source import opened
+from .source import Source, opened
 from .tokenizer import write_tokenizer
 from .weights import site_blocks, write_weights
 
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SMALL_FILES = 16 * 2**20  # bytes of disk for everything beside the weights: a tokenizer, mostly
 
 
@@ -107,13 +105,14 @@ def convert(
                 FORMAT_KEY: {"format": FORMAT_VERSION},
             },
         )
+        of_hub = source_name is not None and is_hub_id(source_name)
         record = {
             "source": source_name or found.name,
-            "base_model": source_name if source_name and is_hub_id(source_name) else found.hub_id,
+            "base_model": source_name if of_hub else found.hub_id,
             "revision": found.revision,
-            "origin": None if source_name else local_origin(found.places, destination),
+            "origin": _origin(found, source_name, destination),
             "layout": found.layout,
-            "license": stated_license(found.folder),
+            "license": found.license,
             "dtype": conversion.dtype,
             "folded": folded_facts(conversion.sites, found.tensors),
             "dropped": Counter(conversion.dropped.values()),
@@ -123,6 +122,13 @@ def convert(
         facts = quantized_facts(conversion.shapes, DTYPES[conversion.dtype], conversion.quantization, errors)
         finish(aside, destination.name, record, facts, on_progress)
     return destination
+
+
+def _origin(found: Source, source_name: str | None, destination: Path) -> dict[str, str]:
+    """Where verification finds the source again; nowhere, if the caller gave it a name of his own."""
+    if source_name is None:
+        return relative_places(found.places, destination)
+    return relative_places(found.places | {"source": source_name}, destination) if is_hub_id(source_name) else {}
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -16,12 +16,12 @@ from mlx_fastvlm.loading import DTYPES, OnProgress, as_path, is_converted, load_
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.safetensors_file import DTYPE_NAMES, SafetensorsFile
 
-from .archive import check_inside
+from .archive import check_links
 from .aside import check_destination, check_room, write_json, written_aside
 from .calibrate import PROMPTS, calibrate, calibrated_layers
 from .pipeline import SMALL_FILES, copy_notices, finish, quantization_entry
 from .recipes import RECIPES, Recipe, choose, plan
-from .record import left_out, local_origin, origin_places, quantized_facts, read_record
+from .record import left_out, quantized_facts, read_record, recorded_places, relative_places
 from .tensors import row_blocks
 from .tokenizer import NOTES as TOKENIZER_NOTES
 from .weights import Block, parameter_shapes, stored_specs, write_weights
@@ -75,6 +75,7 @@ def quantize(
     if folder.resolve() == destination.resolve():
         raise OptionError(f"Source and destination are the same folder, {folder}.")
     record = read_record(folder)
+    check_links(folder)
     weights = SafetensorsFile(folder / "model.safetensors")
     dtype = DTYPES[DTYPE_NAMES[weights.dtype("language_model.norm.weight")]]
     shapes = parameter_shapes(config)
@@ -98,12 +99,12 @@ def quantize(
         errors = write_weights(aside / "model.safetensors", shapes, blocks, dtype, quantization, calibrated)
         for path in folder.iterdir():
             if path.is_file() and path.name in _KEPT:
-                shutil.copyfile(check_inside(folder, path), aside / path.name)
+                shutil.copyfile(path, aside / path.name)
         copy_notices(folder, aside)
         write_json(aside / "config.json", {**raw_config, **quantization_entry(quantization)})
         facts = quantized_facts(shapes, dtype, quantization, errors, len(images))
         kept = {key: record[key] for key in record if key not in ("sha256", "created", "converter", "quantization")}
-        kept["origin"] = local_origin(origin_places(record, folder), destination)
+        kept["origin"] = relative_places(recorded_places(record, folder), destination)
         kept["notices"] = [*record["notices"], *left_out(quantization)]
         finish(aside, destination.name, kept, facts, on_progress)
     return destination

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
@@ -25,10 +24,7 @@ from .weights import WeightErrors, stored_specs
 from .writer import stored_bytes
 
 RECORD = "conversion.json"
-APPLE_LICENSE = "apple-amlr"
-APPLE_LICENSE_TITLE = "Apple Machine Learning Research Model"
-NO_LICENSE = "not stated by the source"
-_LICENSE_HEAD = 2000  # characters in which a license's text names itself
+_HUB = "hub:"
 _ENTRIES = {
     "source": str,
     "license": str,
@@ -66,31 +62,40 @@ def read_record(folder: Path) -> dict[str, Any]:
     sums = record.get("sha256", {})
     if not isinstance(sums, dict) or any(Path(name).name != name for name in sums):
         wrong.append("sha256")
+    if not wrong and not isinstance(record["self_check"].get("max_relative_error"), int | float):
+        wrong.append("self_check")
     if wrong:
         raise CheckpointError(f"{path} is damaged (see {wrong[0]}); convert the model again.")
     return record
 
 
-def local_origin(places: Mapping[str, Path] | None, destination: Path) -> dict[str, str] | None:
-    """Where a source lies, as seen from the model's folder: that holds wherever one stands, and names no home folder.
+def relative_places(places: Mapping[str, Path | str], folder: Path) -> dict[str, str]:
+    """Where a model came from, as seen from its folder: that holds wherever one stands.
 
     Args:
-        places: role → absolute path (see `source.Source`), or None if the source was downloaded.
-        destination: the model's folder.
+        places: role → absolute path or hub id, see `source.Source`.
+        folder: the model's.
+
+    Returns:
+        Role → relative path, or "hub:" and the id.
     """
-    if places is None:
-        return None
-    home = destination.resolve()
-    return {role: os.path.relpath(path, home) for role, path in places.items()}
+    home = folder.resolve()
+    return {
+        role: os.path.relpath(place, home) if isinstance(place, Path) else f"{_HUB}{place}"
+        for role, place in places.items()
+    }
 
 
-def origin_places(record: Mapping[str, Any], folder: Path) -> dict[str, Path] | None:
-    """`local_origin` read back: role → path, if all of them are still there."""
+def recorded_places(record: Mapping[str, Any], folder: Path) -> dict[str, Path | str]:
+    """`relative_places` read back from a record: role → path, whether it is still there or not, or hub id."""
     origin = record.get("origin")
-    if not isinstance(origin, dict) or "source" not in origin:
-        return None
-    places = {role: (folder.resolve() / str(path)).resolve() for role, path in origin.items()}
-    return places if all(path.exists() for path in places.values()) else None
+    if not isinstance(origin, dict):
+        return {}
+    home = folder.resolve()
+    return {
+        role: str(place).removeprefix(_HUB) if str(place).startswith(_HUB) else (home / str(place)).resolve()
+        for role, place in origin.items()
+    }
 
 
 def model_files(folder: Path) -> list[str]:
@@ -116,22 +121,6 @@ def checksums(folder: Path, names: Iterable[str], on_bytes: Callable[[int], None
                     on_bytes(len(block))
         sums[name] = digest.hexdigest()
     return sums
-
-
-def stated_license(folder: Path) -> str:
-    """The license the source's model card states, else where to look for it."""
-    card = folder / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
-        front_matter = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
-        lines = front_matter[1] if front_matter else ""
-        stated = dict(re.findall(r"^(license|license_name):\s*['\"]?([\w.-]+)", lines, re.MULTILINE))
-        if stated.get("license", "unknown") != "unknown":
-            return stated.get("license_name", stated["license"])
-    texts = sorted(folder.glob("LICENSE*"))
-    if any(APPLE_LICENSE_TITLE in path.read_text(encoding="utf-8", errors="replace")[:_LICENSE_HEAD] for path in texts):
-        return APPLE_LICENSE
-    return "see LICENSE" if texts else NO_LICENSE
 
 
 def folded_facts(found: list[AnySite], tensors: Tensors) -> dict[str, int]:

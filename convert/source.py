@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from .archive import Folder, open_source
 from .checkpoint import Checkpoint
 from .key_map import TOWER
 from .layouts import candidates, recognize, tower_alone
+from .licenses import APPLE_LICENSE, NO_LICENSE, stated_license
 from .lora import is_adapter, merged, read_adapter
 from .tensors import Combined, Renamed, Stored, Tensors
 
+# Apple's zip files and the folders in them: llava-fastvithd_0.5b_stage3
+_APPLES_NAMES = re.compile(r"llava-fastvithd_(0\.5b|1\.5b|7b)_stage\d")
 PathLike = str | os.PathLike[str]
 
 
@@ -33,22 +37,24 @@ class Source:
         hub_id: where the weights were downloaded from; an adapter's is its base's. None if they are local.
         revision: commit on the hub, if it came from there.
         folder: holds the tokenizer, the license and what else is copied.
+        license: what the source states, see `licenses.stated_license`.
         layout: how the checkpoint was stored.
         config: config.json in LlavaQwen2's words.
         tensors: under LlavaQwen2's names.
         notices: what the user should know.
-        places: role ("source", "base", "vision_tower") → folder or file it was read from, if all are local.
+        places: role ("source", "base", "vision_tower") → the folder or file it was read from, or a hub id.
     """
 
     name: str
     hub_id: str | None
     revision: str | None
     folder: Path
+    license: str
     layout: str
     config: dict[str, Any]
     tensors: Tensors
     notices: tuple[str, ...] = ()
-    places: dict[str, Path] | None = None
+    places: dict[str, Path | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,18 +119,19 @@ def _open(opening: _Opening, source: PathLike, revision: str | None, base: PathL
     path, hub_id, revision = _find(source, revision)
     folder = opening.folder(path)
     if is_adapter(folder):
-        return _adapted(opening, folder, hub_id or path.resolve().name, revision, base)
+        return _adapted(opening, folder, hub_id, revision, base)
     if base is not None:
         raise OptionError(f"{source} is a whole model; --base is for adapters.")
     model = _model(folder, path, "give the original checkpoint, or use mlx-fastvlm quantize")
-    return replace(model, name=hub_id or model.name, hub_id=hub_id, revision=revision, places=_place(hub_id, path))
+    places = {"source": hub_id or path.resolve()}
+    return replace(model, name=hub_id or model.name, hub_id=hub_id, revision=revision, places=places)
 
 
 def _find(source: PathLike, revision: str | None) -> tuple[Path, str | None, str | None]:
     """Where a source lies, the hub id it was downloaded from if it was, and its commit."""
     path = as_path(source)
     if path.exists():
-        return path, None, revision
+        return path, *_downloaded_as(path, revision)
     if str(source) == DEMO:
         raise CheckpointError("The demo model is converted already; --to hub writes it as a checkpoint.")
     if not is_hub_id(str(source)):
@@ -133,8 +140,13 @@ def _find(source: PathLike, revision: str | None) -> tuple[Path, str | None, str
     return path, str(source), path.name
 
 
-def _place(hub_id: str | None, path: Path) -> dict[str, Path] | None:
-    return None if hub_id else {"source": path.resolve()}
+def _downloaded_as(path: Path, revision: str | None) -> tuple[str | None, str | None]:
+    """Hub id and commit of a folder in the Hugging Face cache, models--owner--name/snapshots/<commit>."""
+    path = path.resolve()
+    owner_and_name = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", path.parent.parent.name)
+    if path.parent.name != "snapshots" or owner_and_name is None:
+        return None, revision
+    return "/".join(owner_and_name.groups()), path.name
 
 
 def _model(folder: Folder, path: Path, if_converted: str) -> Source:
@@ -153,6 +165,7 @@ def _model(folder: Folder, path: Path, if_converted: str) -> Source:
         hub_id=None,
         revision=None,
         folder=folder.path,
+        license=_license(folder.path, path),
         layout=layout.name,
         config=layout.config,
         tensors=layout.tensors,
@@ -160,8 +173,17 @@ def _model(folder: Folder, path: Path, if_converted: str) -> Source:
     )
 
 
-def _adapted(opening: _Opening, folder: Folder, name: str, revision: str | None, base: PathLike | None) -> Source:
+def _license(folder: Path, path: Path) -> str:
+    """What the source's files state, or what is known of the names under which Apple publishes its checkpoints."""
+    stated = stated_license(folder)
+    return APPLE_LICENSE if stated == NO_LICENSE and _APPLES_NAMES.match(path.resolve().name) else stated
+
+
+def _adapted(
+    opening: _Opening, folder: Folder, adapter_id: str | None, revision: str | None, base: PathLike | None
+) -> Source:
     """The model that an adapter makes of its base."""
+    name = adapter_id or folder.origin.resolve().name
     adapter = read_adapter(folder)
     base = base or adapter.base_model_name_or_path
     if not base:
@@ -173,7 +195,7 @@ def _adapted(opening: _Opening, folder: Folder, name: str, revision: str | None,
     model = _model(base_folder, path, "an adapter needs the original checkpoint of its base")
     base_name = hub_id or model.name
     at = f" at {base_revision}" if base_revision else ""
-    places = None if hub_id else {"source": folder.origin.resolve(), "base": path.resolve()}
+    places = {"source": adapter_id or folder.origin.resolve(), "base": hub_id or path.resolve()}
     return replace(
         model,
         name=f"{name} on {base_name}",
@@ -200,5 +222,5 @@ def _with_tower(opening: _Opening, model: Source, vision_tower: PathLike) -> Sou
         name=f"{model.name} with the vision tower {name}",
         tensors=Combined(tower_alone(tensors, config), Renamed(model.tensors, others)),
         notices=(*model.notices, f"The vision tower is {name}'s."),
-        places=model.places and {**model.places, "vision_tower": path.resolve()},
+        places={**model.places, "vision_tower": path.resolve()},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,20 @@ from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError, FastVLMError
 from mlx_fastvlm.kernels import plain_ops
 from mlx_fastvlm.loading import OnProgress, as_path, load_model
+from mlx_fastvlm.quantization import Storage
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
 from .calibrate import calibrated_layers
 from .key_map import sites
-from .record import checksums, origin_places, read_record
+from .record import checksums, read_record, recorded_places
 from .self_check import TOLERANCE, self_check
 from .source import Source, opened
 from .tensors import row_blocks
-from .weights import PACKED_PARTS, SUFFIX, pack, parameter_shapes, site_blocks, storage_of, stored_specs
+from .weights import PACKED_PARTS, SUFFIX, Packed, pack, parameter_shapes, site_blocks, storage_of, stored_specs, unpack
 
 _PIXELS = 128  # side of the picture that both ways of computing are compared on
+_UNIT = {mx.float32: 0.0, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}  # spacing of numbers, over the number
+_WORSE = 1.1  # how much more than here rounding on another device may move weights, root mean square
 _FUSED_TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
@@ -48,6 +51,9 @@ class Verification:
 def verify(
     folder: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Verification:
     """Check a converted model. The fast-path check loads it as answering does; the others read it by blocks.
@@ -55,7 +61,8 @@ def verify(
     Args:
         folder: a converted folder.
         source: the checkpoint it was made from; each fold is then computed and checked again, and what is stored
-            compared with it. None: what it was made from, if that is still where it was.
+            compared with it. None: what it was made from, if that is a local file that is still where it was.
+        base, vision_tower: the same for what an adapter was merged into, and for the tower that was put in.
         on_progress: called with (what is being done, bytes done, bytes in all).
 
     Raises:
@@ -64,9 +71,8 @@ def verify(
     folder = as_path(folder)
     record = read_record(folder)
     config = FastVLMConfig.from_folder(folder)
-    places = origin_places(record, folder) or {}
-    if source is not None:
-        places["source"] = source
+    given = {"source": source, "base": base, "vision_tower": vision_tower}
+    places = recorded_places(record, folder) | {role: place for role, place in given.items() if place is not None}
     found = Verification()
     _run(found, "checksums", lambda: _checksums(folder, record, on_progress))
     _run(found, "weights", lambda: _weights(folder, config, on_progress))
@@ -74,16 +80,26 @@ def verify(
         found.checks["fast paths"] = found.checks["folds"] = "skipped"
         return found
     _run(found, "fast paths", lambda: _fast_paths(folder, config))
-    if "source" not in places:
-        found.checks["folds"] = "not checked: give the checkpoint it was made from with --source"
+    absent = [role for role in given if given[role] is None and not _is_here(role, places)]
+    if absent:
+        options = ", ".join(f"--{role.replace('_', '-')}" for role in absent)
+        found.checks["folds"] = f"not checked: what it was made from is not here; give it with {options}"
         return found
-    others = {role: path for role, path in places.items() if role != "source"}
+    origin = places.pop("source")
     with (
         tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as beside,
-        opened(places["source"], Path(beside) / "unpacked", **others, on_progress=on_progress) as checkpoint,
+        opened(origin, Path(beside) / "unpacked", **places, on_progress=on_progress) as checkpoint,
     ):
         _run(found, "folds", lambda: _folds(folder, config, record, checkpoint, on_progress))
     return found
+
+
+def _is_here(role: str, places: Mapping[str, Path | str]) -> bool:
+    """Whether what a model was made from can be read without a network; roles that it does not have are no matter."""
+    if role not in places:
+        return role != "source"
+    place = places[role]
+    return isinstance(place, Path) and place.exists()
 
 
 def _run(found: Verification, name: str, check: Callable[[], str]) -> None:
@@ -172,18 +188,19 @@ def _folds(
     calibration = (record.get("quantization") or {}).get("calibration_images")
     calibrated = set(calibrated_layers(config, quantization)) if calibration else set()
     model_sites = sites(config)
+    norm = weights.rows("language_model.norm.weight", 0, 1)  # never quantized: it has the model's type
     check = self_check(model_sites, source.tensors)
     for name, start, rows in site_blocks(model_sites, source.tensors, on_progress, "Folds"):
         layer, storage = name.removesuffix(SUFFIX), storage_of(name, shapes[name], quantization)
         if storage is None:
-            difference = _difference(weights.rows(name, start, start + len(rows)), rows)
-        elif layer not in calibrated:
-            dtype = weights.rows("language_model.norm.weight", 0, 1).dtype
+            same = _is_rounded_from(weights.rows(name, start, start + len(rows)), rows)
+        elif layer in calibrated:
+            continue
+        else:
             parts = PACKED_PARTS[: 2 + storage.has_biases]
-            stored = [weights.rows(f"{layer}.{part}", start, start + len(rows)) for part in parts]
-            same = all(mx.array_equal(a, b).item() for a, b in zip(stored, pack(rows, storage, dtype), strict=True))
-            difference = 0.0 if same else 1.0
-        if not difference <= TOLERANCE:  # not `>`, which NaN would pass
+            stored = tuple(weights.rows(f"{layer}.{part}", start, start + len(rows)) for part in parts)
+            same = _is_packed_from(stored, rows, storage, norm.dtype)
+        if not same:
             raise CheckpointError(f"{name} is not what {source.name} folds to.")
     said = (
         f"{check.sites} parts equal the source's to {check.max_relative_error:.0e}; "
@@ -192,8 +209,31 @@ def _folds(
     return f"{said}, but for {len(calibrated)} calibrated ones, which were not compared" if calibrated else said
 
 
-def _difference(stored: mx.array, rows: mx.array) -> float:
-    """Largest difference from the rows in the stored type, over their largest value."""
-    expected = rows.astype(stored.dtype).astype(mx.float32)
-    largest = mx.max(mx.abs(expected)).item()
-    return mx.max(mx.abs(stored.astype(mx.float32) - expected)).item() / max(largest, 1e-30)
+def _is_rounded_from(stored: mx.array, rows: mx.array) -> bool:
+    """Whether stored numbers are float32 rows in a shorter type.
+
+    To a unit in the last place, not bit by bit: another device may fold to another last bit of float32, which may then
+    round the other way.
+    """
+    unit = _UNIT[stored.dtype]
+    limit = unit * mx.abs(rows) + TOLERANCE * mx.max(mx.abs(rows))
+    return mx.all(mx.abs(stored.astype(mx.float32) - rows) <= limit).item()
+
+
+def _is_packed_from(stored: Packed, rows: mx.array, storage: Storage, dtype: mx.Dtype) -> bool:
+    """Whether packed weights are rows rounded to nearest, as near to them as this device would bring them.
+
+    Not bit by bit: devices round halves differently, and where a group's least and greatest weights are equally far
+    from zero, the last bit decides from which of them its grid starts.
+    """
+    found, expected = unpack(stored, storage), unpack(pack(rows, storage, dtype), storage)
+    largest = mx.max(mx.abs(rows), axis=-1, keepdims=True)
+    if storage.mode == "affine":
+        # Two steps, as a group's range is at most twice the largest, after the rounding to the model's type.
+        level = largest * (2.0 ** (2 - storage.bits) + 2 * _UNIT[dtype])
+    else:
+        level = mx.maximum(mx.maximum(mx.abs(found), mx.abs(expected)) / 2, largest / 6)  # e2m1's are the widest
+    noise = TOLERANCE * mx.max(largest)
+    near = mx.all(mx.abs(found - expected) <= mx.maximum(level, noise)).item()
+    moved, expected_move = (mx.sqrt(mx.mean(mx.square(values - rows))) for values in (found, expected))
+    return near and (moved <= _WORSE * expected_move + noise).item()

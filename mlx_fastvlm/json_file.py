@@ -43,8 +43,8 @@ def read_json_object(
         value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise error_class(if_missing or f"{shown.parent} has no {shown.name}; finish the download.") from None
-    except (OSError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
-        # A RecursionError is what a million nested brackets give.
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # RuntimeError: a zip's encrypted member, and a million nested brackets (RecursionError).
         raise error_class(f"{shown} cannot be read as JSON ({error}); download or convert the model again.") from None
     if not isinstance(value, dict):
         raise error_class(f"{shown} holds a JSON {type(value).__name__}; expected an object.")

@@ -373,15 +373,15 @@ def test_a_destination_inside_the_source_is_refused(checkpoint):
 def test_what_a_killed_conversion_left_is_removed(hub_folder, tmp_path):
     convert(hub_folder("inference"), tmp_path / "out")
     for name, age in (
-        (".out.1.partial", 90_000),
-        (".out.2.partial", 60),
-        (".out.3.old", 60),
-        (".outer.4.partial", 90_000),
+        (".out.0000000a.partial", 90_000),
+        (".out.0000000b.partial", 60),
+        (".out.0000000c.old", 60),
+        (".outer.0000000d.partial", 90_000),
     ):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     convert(hub_folder("inference"), tmp_path / "out", force=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.2.partial", ".outer.4.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.0000000b.partial", ".outer.0000000d.partial"}
 
 
 def test_a_disk_without_room_is_known_before_anything_is_written(hub_folder, tmp_path, monkeypatch):

@@ -13,10 +13,11 @@ from mlx_fastvlm.cache import KVCache, QuantizedKVCache
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.calibrate import gptq, pack_levels
+from mlx_fastvlm.convert.export import export
 from mlx_fastvlm.convert.quantize import quantize
 from mlx_fastvlm.convert.recipes import RECIPES, choose, parse_storage, plan
 from mlx_fastvlm.convert.weights import WeightErrors, unpack
-from mlx_fastvlm.errors import ConfigError, OptionError
+from mlx_fastvlm.errors import CheckpointError, ConfigError, OptionError
 from mlx_fastvlm.generate import stream_generate
 from mlx_fastvlm.kernels import plain_ops, quantized_linear
 from mlx_fastvlm.loading import resolve_model
@@ -200,10 +201,14 @@ def test_errors_of_float16_weights_are_summed_in_float32(tmp_path):
 
 def test_only_the_models_own_files_are_copied(converted_folder, tmp_path):
     model = shutil.copytree(converted_folder("inference"), tmp_path / "model")
-    (model / "secret.txt").symlink_to("/etc/hostname")
     (model / "notes.txt").write_text("mine")
     folder = quantize(model, tmp_path / "out", choose("int8", decoder="8:32"))
-    assert not (folder / "secret.txt").exists() and not (folder / "notes.txt").exists()
+    assert not (folder / "notes.txt").exists()
+    (model / "LICENSE").symlink_to("/etc/hostname")
+    for write in (lambda to: quantize(model, to, "int8"), lambda to: export(model, to, "hub")):
+        with pytest.raises(CheckpointError, match="leads out"):
+            write(tmp_path / "never")
+    (model / "LICENSE").unlink()
     with pytest.raises(OptionError, match="lies in"):
         quantize(model, model / "inside", "int8")
 

@@ -12,6 +12,7 @@ from mlx_fastvlm.convert.quantize import quantize
 from mlx_fastvlm.convert.recipes import choose
 from mlx_fastvlm.convert.record import checksums, model_files
 from mlx_fastvlm.convert.verify import verify
+from mlx_fastvlm.convert.weights import site_blocks
 from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.loading import resolve_model
 from tests.conftest import GOLDEN
@@ -96,7 +97,7 @@ def test_a_quantized_weight_that_is_not_what_the_source_rounds_to_is_named(model
     name = "language_model.layers.0.self_attn.qkv_proj.weight"
 
     def flip(tensors):
-        tensors[name][0, 0] ^= 1
+        tensors[name][0, 0] ^= 0x80  # the highest bit of a weight
 
     rewrite(folder, flip)
     seal(folder)
@@ -119,7 +120,23 @@ def test_a_model_with_another_tower_is_checked_against_that(hub_folder, tmp_path
     found = verify(folder)
     assert found.problems == [] and "what they fold to" in found.checks["folds"]
     (tmp_path / "tower.safetensors").unlink()
-    assert "--source" in verify(folder).checks["folds"]
+    assert "--vision-tower" in verify(folder).checks["folds"]
+    mx.save_safetensors(str(tmp_path / "moved.safetensors"), tower)
+    assert "what they fold to" in verify(folder, vision_tower=tmp_path / "moved.safetensors").checks["folds"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("recipe", [None, choose("int4", decoder="4:32"), choose("mxfp4"), choose("nvfp4")])
+def test_another_devices_last_bit_is_no_damage(dtype, recipe, hub_folder, tmp_path, monkeypatch):
+    folder = convert(hub_folder("training"), tmp_path / "out", dtype=dtype, recipe=recipe)
+
+    def another_device(*arguments):
+        for name, start, rows in site_blocks(*arguments):
+            noise = mx.random.normal(rows.shape, key=mx.random.key(start)) * 6e-8
+            yield name, start, rows * (1 + noise)
+
+    monkeypatch.setattr("mlx_fastvlm.convert.verify.site_blocks", another_device)
+    assert verify(folder).problems == []
 
 
 def test_another_checkpoint_is_not_its_source(model, hub_folder):
@@ -187,3 +204,17 @@ def test_a_damaged_record_is_one_clear_error(content, model):
     (model / "conversion.json").write_text(content)
     with pytest.raises(CheckpointError, match="conversion.json"):
         verify(model)
+
+
+def test_apples_zips_are_known_by_their_name(hub_folder, tmp_path):
+    source = shutil.copytree(hub_folder("inference"), tmp_path / "llava-fastvithd_0.5b_stage3")
+    card = (convert(source, tmp_path / "out") / "README.md").read_text()
+    assert "license_name: apple-amlr" in card and "Apple Machine Learning Research Model is licensed under" in card
+
+
+def test_a_snapshot_of_the_hubs_cache_says_where_it_is_from(hub_folder, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    source = tmp_path / "models--apple--FastVLM-0.5B" / "snapshots" / commit
+    shutil.copytree(hub_folder("inference"), source)
+    record = json.loads((convert(source, tmp_path / "out") / "conversion.json").read_text())
+    assert (record["source"], record["base_model"], record["revision"]) == ("apple/FastVLM-0.5B",) * 2 + (commit,)

@@ -247,6 +247,12 @@ def verify(
             help="Checkpoint it was made from: fold it again and compare.", show_default="as recorded, if here"
         ),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What an adapter was merged into.", show_default="as recorded, if here")
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="The tower that was put in.", show_default="as recorded, if here")
+    ] = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -260,13 +266,14 @@ def verify(
     mlx-fastvlm verify ./my-model --source ./my-checkpoint
     """
     from mlx_fastvlm.convert.verify import verify as run
-    from mlx_fastvlm.loading import resolve_model
+    from mlx_fastvlm.loading import as_path, resolve_model
 
     with progress() as on_progress:
         # A folder is taken as it is: a checkpoint's converted copy in the cache is not what was asked about.
-        folder = Path(model) if Path(model).is_dir() else resolve_model(model, revision, on_progress)
+        path = as_path(model)
+        folder = path if path.is_dir() else resolve_model(model, revision, on_progress)
     with progress() as on_progress:
-        found = run(folder, source, on_progress)
+        found = run(folder, source, base=base, vision_tower=vision_tower, on_progress=on_progress)
     if as_json:
         say(json.dumps(found.to_dict(), indent=2))
     else:
