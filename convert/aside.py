@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import time
@@ -38,6 +37,14 @@ def check_destination(destination: Path, force: bool) -> None:
         raise OptionError(f"{destination.absolute().parent} is not a folder; make it first.")
 
 
+def check_apart(source: Path, destination: Path) -> None:
+    """Whether a folder that is read and one that is made do not overlap. Raises OptionError if they do."""
+    if source.resolve() == destination.resolve():
+        raise OptionError(f"Source and destination are the same folder, {source}.")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise OptionError(f"{destination} lies in {source}, which is read; give a folder elsewhere.")
+
+
 def readable_size(count: int) -> str:
     """Bytes as people read them, in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
@@ -51,6 +58,11 @@ def check_room(folder: Path, needed: int) -> None:
             f"The disk of {folder} has {readable_size(free)} free, but {readable_size(needed)} are needed; free some "
             "room or choose another folder."
         )
+
+
+def hidden_beside(destination: Path) -> Path:
+    """A new hidden name beside a folder to be made, by which `_remove_abandoned` knows what was left."""
+    return destination.resolve().parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
 
 
 def make_folder(folder: Path) -> None:
@@ -70,7 +82,7 @@ def written_aside(destination: Path, force: bool) -> Iterator[Path]:
     """
     destination = destination.resolve()
     _remove_abandoned(destination)
-    aside = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    aside = hidden_beside(destination)
     try:
         aside.mkdir()
         yield aside
@@ -102,16 +114,6 @@ def read_notes(folder: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: object) -> None:
     """A readable JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def replace_json(path: Path, value: object) -> None:
-    """The same in place of an existing file, which is never seen half written."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        write_json(aside, value)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _exchange(aside: Path, destination: Path) -> None:

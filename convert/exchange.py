@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 from mlx_fastvlm.config import read_config_dict
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.loading import DEMO, FORMAT_KEY, OnProgress, as_path, resolve_model
 
-from .aside import check_destination, check_room, make_folder
+from .aside import check_destination, check_room, hidden_beside, make_folder
 from .export import export
 from .pipeline import convert
 from .source import opened
@@ -51,7 +50,7 @@ def convert_to(
         return export(path, destination, layout, dtype=dtype, force=force, on_progress=on_progress)
     check_destination(destination, force)
     origin = {"revision": revision, "base": base, "vision_tower": vision_tower}
-    work = destination.resolve().parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    work = hidden_beside(destination)
     try:
         with opened(source, destination, **origin) as found:
             check_room(work.parent, 2 * sum(found.tensors.nbytes(name) for name in found.tensors.names()))

@@ -12,29 +12,27 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_fastvlm.config import FastVLMConfig, VisionConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, OptionError
 from mlx_fastvlm.loading import DTYPES, FORMAT_KEY, OnProgress, as_path, is_converted
-from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.safetensors_file import DTYPE_NAMES
 
 from .archive import check_links
-from .aside import check_destination, check_room, read_notes, write_json, written_aside
+from .aside import check_apart, check_destination, check_room, read_notes, write_json, written_aside
 from .checkpoint import Checkpoint
 from .licenses import NO_LICENSE
 from .model_card import write_export_card
-from .record import model_files
+from .pipeline import PREPROCESSOR, check_dtype, copy_notices
+from .record import model_files, stamp
 from .tensors import Combined, Tensors, row_blocks
 from .tokenizer import write_tokenizer
 from .unfold import CLIP_HEAD, Exported, Shapes, Unfolded, hub_tensors, mlx_vlm_tensors
+from .weights import parameter_shapes
 from .writer import SafetensorsWriter, Spec, stored_bytes
 
 RECORD = "export.json"  # where an export says what it is made of, and what its user should know
@@ -101,11 +99,9 @@ def export(
     folder, destination = as_path(folder), as_path(destination)
     if layout not in LAYOUTS:
         raise OptionError(f"The layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     check_destination(destination, force)
-    if folder.resolve() == destination.resolve():
-        raise OptionError(f"Source and destination are the same folder, {folder}.")
+    check_apart(folder, destination)
     raw_config = _converted_config(folder)
     check_links(folder)
     config = FastVLMConfig.from_dict(raw_config)
@@ -122,11 +118,9 @@ def export(
     with written_aside(destination, force) as aside:
         _write_weights(aside, view, specs, max_shard_bytes, target.file_format, on_progress)
         _write_tokenizer(folder, aside)
-        for path in [*folder.glob("LICENSE*"), *folder.glob("ACKNOWLEDGEMENTS*")]:
-            shutil.copyfile(path, aside / path.name)
-        for name in ("generation_config.json", "preprocessor_config.json"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, aside / name)
+        copy_notices(folder, aside)
+        if (folder / PREPROCESSOR).is_file():
+            shutil.copyfile(folder / PREPROCESSOR, aside / PREPROCESSOR)
         write_json(aside / "config.json", _config_for(layout, raw_config, config, dtype))
         has_clip_head = any(tensor.parameter == CLIP_HEAD for tensor in exported)
         notices = [] if has_clip_head else [target.without_clip_head]
@@ -164,7 +158,7 @@ def _refuse_other_towers(config: VisionConfig) -> None:
 def _read(folder: Path, config: FastVLMConfig, source: Tensors | None) -> tuple[Tensors, dict[str, tuple[int, ...]]]:
     """The folder's tensors, checked against its config.json, and CLIP's head where the source has it."""
     stored: Tensors = Checkpoint(folder)
-    shapes = {name: tuple(array.shape) for name, array in tree_flatten(FastVLM(config).parameters())}
+    shapes = parameter_shapes(config)
     found = {name: stored.shape(name) for name in stored.names()}
     strange = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
     if strange:
@@ -258,6 +252,5 @@ def _record(folder: Path, layout: str, dtype: str, notices: list[str]) -> dict[s
         "layout": layout,
         "dtype": dtype,
         "notices": [*conversion.get("notices", []), *notices],
-        "converter": f"mlx-fastvlm {version('mlx-fastvlm')}",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **stamp(),
     }

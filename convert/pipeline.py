@@ -37,6 +37,7 @@ from .source import Source, opened
 from .tokenizer import write_tokenizer
 from .weights import site_blocks, write_weights
 
+PREPROCESSOR = "preprocessor_config.json"
 SMALL_FILES = 16 * 2**20  # bytes of disk for everything beside the weights: a tokenizer, mostly
 
 
@@ -90,9 +91,7 @@ def convert(
         write_tokenizer(found.folder, aside)
         config = conversion.config
         fit = "pad" if config.image_aspect_ratio == "pad" else "crop"
-        write_json(
-            aside / "preprocessor_config.json", ImageProcessor(config.vision_config.image_size, fit=fit).to_dict()
-        )
+        write_json(aside / PREPROCESSOR, ImageProcessor(config.vision_config.image_size, fit=fit).to_dict())
         copy_notices(found.folder, aside)
         write_json(
             aside / "config.json",
@@ -158,14 +157,6 @@ def finish(
 ) -> None:
     """Check what was written and add conversion.json and the model card."""
     check_safetensors(aside / "model.safetensors")
-    total, done = sum((aside / name).stat().st_size for name in model_files(aside)), 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress:
-            on_progress("Checksums", done, total)
-
-    sums = checksums(aside, model_files(aside), on_bytes)
+    sums = checksums(aside, model_files(aside), on_progress)
     write_json(aside / RECORD, {**record, "quantization": quantization, **stamp(), "sha256": sums})
     write_card(aside, name)

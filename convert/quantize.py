@@ -17,9 +17,9 @@ from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.safetensors_file import DTYPE_NAMES, SafetensorsFile
 
 from .archive import check_links
-from .aside import check_destination, check_room, write_json, written_aside
+from .aside import check_apart, check_destination, check_room, write_json, written_aside
 from .calibrate import PROMPTS, calibrate, calibrated_layers
-from .pipeline import SMALL_FILES, copy_notices, finish, quantization_entry
+from .pipeline import PREPROCESSOR, SMALL_FILES, copy_notices, finish, quantization_entry
 from .recipes import RECIPES, Recipe, choose, plan
 from .record import left_out, quantized_facts, read_record, recorded_places, relative_places
 from .tensors import row_blocks
@@ -29,7 +29,7 @@ from .writer import stored_bytes
 
 __all__ = ["RECIPES", "Recipe", "choose", "quantize"]
 
-_KEPT = ("tokenizer.json", "preprocessor_config.json", *TOKENIZER_NOTES)
+_KEPT = ("tokenizer.json", PREPROCESSOR, *TOKENIZER_NOTES)
 
 
 def quantize(
@@ -72,8 +72,7 @@ def quantize(
         raise OptionError(
             f"{folder} is quantized already, by recipe {config.quantization.recipe}; give the model it was made from."
         )
-    if folder.resolve() == destination.resolve():
-        raise OptionError(f"Source and destination are the same folder, {folder}.")
+    check_apart(folder, destination)
     record = read_record(folder)
     check_links(folder)
     weights = SafetensorsFile(folder / "model.safetensors")
@@ -84,8 +83,6 @@ def quantize(
         raise OptionError(
             f"Pictures calibrate the decoder's layers in affine modes; recipe {recipe.name} has none, so leave them out."
         )
-    if destination.resolve().is_relative_to(folder.resolve()):
-        raise OptionError(f"{destination} lies in {folder}, which is read; give a folder elsewhere.")
     with ExitStack() as stack:
         needed = stored_bytes(stored_specs(shapes, dtype, quantization))
         check_room(destination.absolute().parent, needed + SMALL_FILES)

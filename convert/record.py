@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.json_file import read_json_object
+from mlx_fastvlm.loading import OnProgress
 from mlx_fastvlm.quantization import QuantizationConfig, part_of
 
 from .reparameterize import AnySite, ConvBatchNormSite, ConvSite, ScaledLinearSite
@@ -107,19 +108,20 @@ def model_files(folder: Path) -> list[str]:
     )
 
 
-def checksums(folder: Path, names: Iterable[str], on_bytes: Callable[[int], None] | None = None) -> dict[str, str]:
-    """SHA-256 of the files of these names that are there; `on_bytes` is told how much was read."""
+def checksums(folder: Path, names: Iterable[str], on_progress: OnProgress | None = None) -> dict[str, str]:
+    """SHA-256 of the files of these names that are there."""
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    total, done = sum(path.stat().st_size for path in paths), 0
     sums = {}
-    for name in names:
-        if not (folder / name).is_file():
-            continue
+    for path in paths:
         digest = hashlib.sha256()
-        with (folder / name).open("rb") as file:
+        with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
-                if on_bytes:
-                    on_bytes(len(block))
-        sums[name] = digest.hexdigest()
+                done += len(block)
+                if on_progress:
+                    on_progress("Checksums", done, total)
+        sums[path.name] = digest.hexdigest()
     return sums
 
 

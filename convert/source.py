@@ -16,6 +16,7 @@ from mlx_fastvlm.hub import download_checkpoint, is_hub_id
 from mlx_fastvlm.loading import DEMO, FORMAT_KEY, OnProgress, as_path
 
 from .archive import Folder, open_source
+from .aside import check_apart
 from .checkpoint import Checkpoint
 from .key_map import TOWER
 from .layouts import candidates, recognize, tower_alone
@@ -73,14 +74,8 @@ class _Opening:
 
     def folder(self, path: Path) -> Folder:
         """A folder or zip, opened. Raises OptionError if the destination is that folder or lies in it."""
-        inside = path.is_dir() and self.destination.resolve().is_relative_to(path.resolve())
-        if inside:
-            same = self.destination.resolve() == path.resolve()
-            raise OptionError(
-                f"Source and destination are the same folder, {path}."
-                if same
-                else f"{self.destination} lies in {path}, which is read; give a folder elsewhere."
-            )
+        if path.is_dir():
+            check_apart(path, self.destination)
         return self.stack.enter_context(open_source(path, self.destination, self.on_progress))
 
 

@@ -116,15 +116,7 @@ def _checksums(folder: Path, record: dict[str, Any], on_progress: OnProgress | N
     stated = record.get("sha256")
     if not stated:
         return "none in conversion.json, which an older release wrote"
-    total, done = sum((folder / name).stat().st_size for name in stated if (folder / name).is_file()), 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress:
-            on_progress("Checksums", done, total)
-
-    sums = checksums(folder, stated, on_bytes)
+    sums = checksums(folder, stated, on_progress)
     wrong = [
         f"{name} is {'changed' if name in sums else 'missing'}" for name in stated if sums.get(name) != stated[name]
     ]
