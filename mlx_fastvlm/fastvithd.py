@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm.config import VisionConfig
-from mlx_fastvlm.kernels import depthwise_conv, feed_forward, gelu, self_attention
+from mlx_fastvlm.kernels import depthwise_conv, depthwise_pair, feed_forward, gelu, self_attention, squeeze_excite
+from mlx_fastvlm.kernels.squeeze_excite import SQUEEZE_RATIO, gated
 from mlx_fastvlm.layers import Linear
 
 LAYER_NORM_EPS = 1e-5
-SQUEEZE_RATIO = 0.0625  # squeeze-excite narrows to 1/16 of the channels
 
 
 class DepthwiseConv(nn.Module):
@@ -123,8 +123,11 @@ class ConvFFN(nn.Module):
         self.fc2 = Linear(hidden_channels, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        mixed = self.conv(x)
-        if not (isinstance(self.fc1, Linear) and isinstance(self.fc2, Linear)):  # quantized
+        return self.mix_channels(x, self.conv(x))
+
+    def mix_channels(self, x: mx.array, mixed: mx.array) -> mx.array:
+        """x + the Linear layers of `mixed`, which is the depthwise convolution of x."""
+        if _quantized(self.fc1, self.fc2):
             return x + self.fc2(self.fc1(mixed, gelu=True))
         fc1, fc2 = ((layer.weight, layer.bias) for layer in (self.fc1, self.fc2))
         return feed_forward(mixed, fc1, fc2, residual=x)
@@ -167,7 +170,9 @@ class RepMixerBlock(nn.Module):
         self.convffn = ConvFFN(channels, channels * mlp_ratio)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.convffn(self.token_mixer(x))
+        first, second = self.token_mixer.reparam_conv, self.convffn.conv
+        x, mixed = depthwise_pair(x, (first.weight, first.bias), (second.weight, second.bias))
+        return self.convffn.mix_channels(x, mixed)
 
 
 class AttentionBlock(nn.Module):
@@ -184,7 +189,7 @@ class AttentionBlock(nn.Module):
 
 
 class SEBlock(nn.Module):
-    """Squeeze-excite: scales each channel by a gate computed from the map's global mean."""
+    """Squeeze-excite, then GELU: scales each channel by a gate computed from the map's global mean."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -193,9 +198,9 @@ class SEBlock(nn.Module):
         self.expand = Linear(squeezed, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        # The mean runs over hundreds of positions: in float16 its sum would lose digits.
-        mean = x.astype(mx.float32).mean(axis=(1, 2), keepdims=True).astype(x.dtype)
-        return x * mx.sigmoid(self.expand(mx.maximum(self.reduce(mean), 0)))
+        if _quantized(self.reduce, self.expand):
+            return gelu(gated(x, self.reduce, self.expand))
+        return squeeze_excite(x, *((layer.weight, layer.bias) for layer in (self.reduce, self.expand)))
 
 
 class ConvExp(nn.Module):
@@ -207,7 +212,7 @@ class ConvExp(nn.Module):
         self.se = SEBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return gelu(self.se(self.reparam_conv(x)))
+        return self.se(self.reparam_conv(x))
 
 
 class FastViTHD(nn.Module):
@@ -254,3 +259,8 @@ class FastViTHD(nn.Module):
                 x = block(x)
         x = self.conv_exp(x)
         return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _quantized(*layers: nn.Module) -> bool:
+    """Whether any of these is stored quantized, which the fused ops do not read."""
+    return not all(isinstance(layer, Linear) for layer in layers)
