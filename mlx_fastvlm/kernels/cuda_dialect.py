@@ -45,14 +45,35 @@ inline float min(float a, float b) { return ::fminf(a, b); }
 template <typename T, int N>
 struct vec;
 
+// Four numbers as one word, so that a copy is one load and one store: NVRTC would copy halves one by one.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<8> {
+    using type = ::uint2;
+};
+template <>
+struct Word<16> {
+    using type = ::uint4;
+};
+
 template <typename T>
 struct alignas(4 * sizeof(T)) vec<T, 4> {
     T x, y, z, w;
+    using Bits = typename Word<4 * sizeof(T)>::type;
     vec() = default;
+    vec(const vec& v) { *(Bits*)this = *(const Bits*)&v; }
+    vec& operator=(const vec& v) {
+        *(Bits*)this = *(const Bits*)&v;
+        return *this;
+    }
     explicit vec(T value) : x(value), y(value), z(value), w(value) {}
     vec(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
     template <typename U>
-    explicit vec(const vec<U, 4>& v) : x(T(float(v.x))), y(T(float(v.y))), z(T(float(v.z))), w(T(float(v.w))) {}
+    explicit vec(const vec<U, 4>& from) {
+        const vec<U, 4> v = from;
+        x = T(float(v.x)), y = T(float(v.y)), z = T(float(v.z)), w = T(float(v.w));
+    }
 };
 
 using float4 = vec<float, 4>;
