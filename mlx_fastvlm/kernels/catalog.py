@@ -5,7 +5,7 @@ Tuning, self-test and the kernel benchmark go through this list. It is the one f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,8 @@ class Case:
         fused_op: the op with its kernels.
         label: the shape in words.
         count: how often one answer's encode and prefill, or one decoded token, run it.
-        shapes: of its floating-point arrays, in the order of the kernel's arguments.
+        shapes: of its floating-point arrays, in the order of the kernel's arguments. Where the options say how many bits,
+            the last is a weight's that is quantized so.
         offset: of the position argument that follows them, if the op has one.
         options: the kernel's other arguments.
     """
@@ -71,8 +72,12 @@ class Case:
 
     def arrays(self, dtype: mx.Dtype, seed: int = 0) -> tuple[mx.array, ...]:
         """Random arguments; the same for the same seed."""
-        floats = tuple(random_array(shape, dtype, seed + index) for index, shape in enumerate(self.shapes))
-        return floats if self.offset is None else (*floats, mx.array([self.offset], mx.int32))
+        arrays = [random_array(shape, dtype, seed + index) for index, shape in enumerate(self.shapes)]
+        if "bits" in self.options:
+            arrays += mx.quantize(arrays.pop(), self.options["group_size"], self.options["bits"])
+        if self.offset is not None:
+            arrays.append(mx.array([self.offset], mx.int32))
+        return tuple(arrays)
 
     def run(self, *arrays: mx.array) -> tuple[mx.array, ...]:
         """The op as a model calls it: whatever the dispatcher chooses."""
@@ -92,6 +97,14 @@ def cases(config: FastVLMConfig, resolution: int, prompt_tokens: int) -> list[Ca
         *decoder_cases(text, prompt_tokens, offset=0),
         *decoder_cases(text, 1, offset=prompt_tokens),
     ]
+
+
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """The first of each op, shapes and options, in order."""
+    first: dict[tuple, Case] = {}
+    for case in cases:
+        first.setdefault((case.op, case.shapes, *case.options.items()), case)
+    return list(first.values())
 
 
 def tower_cases(vision: VisionConfig, resolution: int) -> Iterator[Case]:

@@ -19,6 +19,8 @@ CUDA_DIALECT = r"""
 
 namespace mlx::core::cu {
 
+using uint = unsigned int;
+
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 
 inline void threadgroup_barrier(mem_flags) {

@@ -200,7 +200,7 @@ def launches(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1, gel
     kernel = weight.shape[1]
     shapes = []
     for staged, lanes, tiles, rows, width in (
-        (0, 8, 4, 8, 4), (0, 8, 2, 8, 8), (0, 16, 2, 4, 4), (0, 32, 1, 8, 4), (1, 4, 4, 16, 4), (1, 8, 4, 8, 4),
+        (0, 8, 2, 8, 8), (0, 8, 4, 8, 4), (0, 16, 2, 4, 4), (0, 32, 1, 8, 4), (1, 4, 4, 16, 4), (1, 8, 4, 8, 4),
         (1, 4, 2, 16, 8), (1, 2, 8, 16, 4), (1, 2, 4, 8, 4),
     ):  # fmt: skip
         tile = ((tiles * width - 1) * stride + kernel) * ((rows - 1) * stride + kernel) * lanes * 4 * x.dtype.size

@@ -54,14 +54,18 @@ KERNEL = GpuKernel(
             }
             #pragma unroll
             for (int ky = 0; ky < 3; ++ky) {
+                float4 segment[TW + 2];
+                #pragma unroll
+                for (int i = 0; i < TW + 2; ++i) {
+                    const bool held = start + i < IN_W;         // the last tile may end past the middle map
+                    segment[i] = held ? float4(inputs[((my + ky) * IN_W + start + i) * CV + lane]) : float4(0.0f);
+                }
                 #pragma unroll
                 for (int kx = 0; kx < 3; ++kx) {
                     const float4 tap = float4(*(const device vec<T, 4>*)(taps3 + (ky * 3 + kx) * C + c));
                     #pragma unroll
                     for (int t = 0; t < TW; ++t) {
-                        if (start + t < MID_W) {
-                            sums[t] += tap * float4(inputs[((my + ky) * IN_W + start + t + kx) * CV + lane]);
-                        }
+                        sums[t] += tap * segment[t + kx];
                     }
                 }
             }
@@ -166,7 +170,7 @@ def launches(x: mx.array, weight3: mx.array, bias3: mx.array, weight7: mx.array,
         return []
     shapes = []
     for lanes, tiles, width, height, rows in (
-        (2, 4, 4, 16, 16), (4, 4, 4, 16, 16), (4, 4, 4, 8, 8), (2, 4, 8, 16, 16), (1, 8, 4, 32, 16), (1, 8, 4, 16, 16),
+        (2, 4, 8, 16, 16), (2, 4, 4, 16, 16), (4, 4, 4, 16, 16), (4, 4, 4, 8, 8), (1, 8, 4, 32, 16), (1, 8, 4, 16, 16),
         (2, 4, 4, 8, 8), (8, 2, 4, 8, 8),
     ):  # fmt: skip
         columns = tiles * width

@@ -3,6 +3,7 @@
 MLX has no fused attention for heads of 32 channels. On a GPU a thread here keeps QUERIES queries and their running sums
 in registers, while a threadgroup brings blocks of keys and values into its memory, which all its threads read in step;
 the softmax is the online one (Milakov and Gimelshein, arXiv 1805.02867). Scores are never written and no head is copied.
+The other way, for GPUs whose matrix units are far ahead of the rest: zeros widen the heads to what MLX's kernel takes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
 from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
+
+_MLX_HEAD_DIM = 64  # the narrowest head for which MLX has a fused kernel
 
 KERNEL = GpuKernel(
     name="self_attention",
@@ -181,22 +184,30 @@ def self_attention_cpu(qkv: mx.array, head_dim: int) -> mx.array:
 
 def self_attention_reference(qkv: mx.array, head_dim: int) -> mx.array:
     """`self_attention` through MLX's own attention."""
+    return _by_mlx(qkv, head_dim, padding=0)
+
+
+def _by_mlx(qkv: mx.array, head_dim: int, padding: int) -> mx.array:
+    """MLX's attention on heads that `padding` zeros widen: scores and sums stay what they are."""
     batch, tokens, width = qkv.shape
-    q, k, v = qkv.reshape(batch, tokens, 3, -1, head_dim).transpose(2, 0, 3, 1, 4)
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)
+    heads = qkv.reshape(batch, tokens, 3, -1, head_dim).transpose(2, 0, 3, 1, 4)
+    if padding:
+        heads = mx.pad(heads, [(0, 0)] * 4 + [(0, padding)])
+    out = mx.fast.scaled_dot_product_attention(*heads, scale=head_dim**-0.5)[..., :head_dim]
     return out.transpose(0, 2, 1, 3).reshape(batch, tokens, width // 3)
 
 
 def launches(qkv: mx.array, head_dim: int) -> list[Launch]:
-    """Launch shapes: threads a threadgroup, queries a thread, keys a block."""
+    """Launch shapes: threads a threadgroup, queries a thread, keys a block; or the width of heads for MLX's kernel."""
     if not vector_loads(qkv) or head_dim % 4 or head_dim > 64:
         return []
     shapes = ((64, 2, 32), (128, 1, 32), (64, 1, 32), (128, 2, 32), (32, 2, 32), (64, 2, 64), (128, 1, 64))
-    return [
+    own = [
         {"threads": threads, "queries": queries, "block": block}
         for threads, queries, block in shapes
         if queries * head_dim <= 64
     ]
+    return own if head_dim == _MLX_HEAD_DIM else [*own, {"padded_to": _MLX_HEAD_DIM}]
 
 
 def _sample(qkv: mx.array, head_dim: int) -> tuple[mx.array, ...]:
@@ -204,6 +215,8 @@ def _sample(qkv: mx.array, head_dim: int) -> tuple[mx.array, ...]:
 
 
 def _launch(run, qkv: mx.array, launch: Launch, head_dim: int) -> tuple[mx.array]:
+    if "padded_to" in launch:
+        return (_by_mlx(qkv, head_dim, launch["padded_to"] - head_dim),)
     batch, tokens, width = qkv.shape
     threads, queries = launch["threads"], launch["queries"]
     (out,) = run(
