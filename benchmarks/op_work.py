@@ -219,11 +219,13 @@ def own_pair_on_core(x: Map, launch: Mapping[str, int]) -> OnCore:
     lanes, tiles, width, height = (launch[name] for name in ("lanes", "tiles", "width", "height"))
     columns = tiles * width
     inputs, middle = (columns + 8) * (height + 8), (columns + 6) * (height + 6)
-    middle_threads = -(-(columns + 6) // width) * (height + 6)
+    starts = range(0, columns + 6, width)  # of a row's segments of the middle map; the last ends with the staged input
+    middle_threads = len(starts) * (height + 6)
+    middle_loads = 3 * sum(min(width + 2, columns + 8 - start) for start in starts) * (height + 6)
     threads = columns * height / width
     values = x.positions / (columns * height) * x.channels  # groups · channels of one
     return OnCore(
-        threadgroup_loads=values * (9 * middle + threads * 7 * (width + 6)),
+        threadgroup_loads=values * (middle_loads + threads * 7 * (width + 6)),
         threadgroup_stores=values * (inputs + middle),
         map_loads=values * inputs,
         tap_loads=values * (middle_threads * 10 + threads * 50),

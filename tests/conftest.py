@@ -7,6 +7,7 @@ import pytest
 
 from mlx_fastvlm import load
 from mlx_fastvlm.convert import convert
+from tests.fake_gpu import fake_gpu  # noqa: F401, a fixture for all
 from tests.reference.hub_checkpoint import write_hub_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "mlx_fastvlm/layers.py": {"kernels", "quantization"},
     "mlx_fastvlm/cache.py": {"errors", "kernels"},
     "mlx_fastvlm/blas.py": set(),
-    "mlx_fastvlm/kernels": {"kernels", "blas"},
+    "mlx_fastvlm/cache_folder.py": set(),
+    "mlx_fastvlm/replace_file.py": set(),
+    "mlx_fastvlm/kernels": {"kernels", "blas", "errors", "json_file", "cache_folder", "replace_file"},
     "mlx_fastvlm/fastvithd.py": {"config", "kernels", "layers"},
     "mlx_fastvlm/qwen2.py": {"config", "cache", "kernels", "layers"},
     "mlx_fastvlm/model.py": {"config", "cache", "fastvithd", "qwen2", "layers"},
@@ -46,6 +48,10 @@ MAY_IMPORT = {
     "mlx_fastvlm/prompt.py": {"errors", "config"},
     "mlx_fastvlm/sampling.py": {"errors"},
     "mlx_fastvlm/text_stream.py": set(),
+}
+# file → parts that it may import beyond its folder's
+MAY_IMPORT_TOO = {
+    "mlx_fastvlm/kernels/catalog.py": {"config"},  # the shapes in which a model calls the kernels
 }
 
 
@@ -78,7 +84,8 @@ def test_parts_of_ours_import_only_what_is_below_them(rule):
     assert files
     for path in files:
         ours = {name.split(".")[1] for name in imports(path) if name.startswith("mlx_fastvlm.")}
-        assert ours <= MAY_IMPORT[rule], f"{name_of(path)} imports {sorted(ours - MAY_IMPORT[rule])}"
+        allowed = MAY_IMPORT[rule] | MAY_IMPORT_TOO.get(name_of(path), set())
+        assert ours <= allowed, f"{name_of(path)} imports {sorted(ours - allowed)}"
 
 
 def test_generate_never_prints():

@@ -174,4 +174,6 @@ def _sample(x: mx.array, weight: mx.array, bias: mx.array, extra: mx.array, **op
     return tuple(random_array(shape, x.dtype, seed) for seed, shape in enumerate(shapes))
 
 
-OP = FusedOp("linear_epilogue", linear_epilogue_metal, None, linear_epilogue_reference, launches, _sample)
+OP = FusedOp(
+    "linear_epilogue", linear_epilogue_metal, None, linear_epilogue_reference, launches, _sample, tuned_only=True
+)

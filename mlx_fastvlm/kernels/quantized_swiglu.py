@@ -160,4 +160,5 @@ OP = FusedOp(
     quantized_swiglu_reference,
     launches,
     _sample,
+    tuned_only=True,
 )
