@@ -7,8 +7,8 @@ Measured on the installed command, as a user runs it:
 
 Files are in the system's cache: one run before the first is not counted.
 
-  python -m mlx_fastvlm.benchmarks.cold_start
-  python -m mlx_fastvlm.benchmarks.cold_start --model ./converted --image photo.jpg --repeat 15 --save
+  mlx-fastvlm bench cold-start
+  mlx-fastvlm bench cold-start --model ./converted --image photo.jpg --repeat 15 --save
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mlx_fastvlm.errors import FastVLMError
 
-from .machine import describe_machine, machine_line
+from . import COMMANDS
+from .machine import describe_machine, load_average, machine_line
 from .report import save_json
 
 DEFAULT_PROMPT = "Describe this image."
@@ -23,10 +24,18 @@ class BenchmarkError(FastVLMError):
     """A measurement cannot be taken, or would not mean what it says."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse with the command line's manners: a wrong option is one line on stderr and exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {message}. See: {self.prog} --help\n")
+
+
 def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the benchmark's docstring, with the options every benchmark has."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m mlx_fastvlm.benchmarks.{name}",
+    command = name.replace("_", "-")
+    parser = _Parser(
+        prog=f"mlx-fastvlm bench {command}" if command in COMMANDS else f"python -m mlx_fastvlm.benchmarks.{name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,6 +62,26 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def zero_or_more(text: str) -> int:
+    """argparse type of counts that may be none."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("expected 0 or more")
+    return number
+
+
+def positive_multiple_of(step: int) -> Callable[[str], int]:
+    """argparse type of sizes that come in steps."""
+
+    def size(text: str) -> int:
+        number = int(text)
+        if number < step or number % step:
+            raise argparse.ArgumentTypeError(f"expected a positive multiple of {step}")
+        return number
+
+    return size
+
+
 def installed_command() -> Path:
     """The `mlx-fastvlm` of this environment. Raises BenchmarkError if the package is not installed."""
     command = Path(sys.executable).parent / "mlx-fastvlm"
@@ -62,19 +91,27 @@ def installed_command() -> Path:
 
 
 def run(name: str, parser: argparse.ArgumentParser, measure: Measure, argv: Sequence[str] | None = None) -> None:
-    """Parse, measure, print the table and, last, one JSON line; save it if asked. Leaves through SystemExit."""
+    """Parse, measure, print the table and, last, one JSON line; save it if asked.
+
+    What `measure` hands back with "interrupted": True was cut short by Ctrl-C: it is shown, but not saved.
+    Leaves through SystemExit: 1 for what the user can mend, 130 after Ctrl-C.
+    """
     args = parser.parse_args(argv)
     try:
         machine = describe_machine()
         table, result = measure(args)
+        machine["load_average_after"] = load_average()
         result = {"benchmark": name, "machine": machine, **result}
         print(f"{machine_line(machine)}\n\n{table}\n")
-        if args.save:
+        interrupted = result.get("interrupted", False)
+        if args.save and not interrupted:
             path = Path("benchmarks", "results", f"{args.save}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             save_json(path, result)
             print(f"Saved: {path}")
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        if interrupted:
+            raise KeyboardInterrupt
     except FastVLMError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

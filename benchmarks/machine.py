@@ -34,9 +34,14 @@ def describe_machine() -> dict[str, Any]:
         "kernels": os.environ.get(KERNELS_VARIABLE, "auto"),
         "mlx_fastvlm": version("mlx-fastvlm"),
         "commit": _commit(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": load_average(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def load_average() -> float:
+    """How many processes wanted a core in the last minute, this one included."""
+    return round(os.getloadavg()[0], 2)
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -45,7 +50,14 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}; "
         f"MLX {machine['mlx']} on the {machine['mlx_device']}, BLAS {machine['blas']}, numba {machine['numba'] or 'none'}, "
         f"kernels {machine['kernels']}; load average {machine['load_average']}"
+        + (f", {machine['load_average_after']} at the end" if "load_average_after" in machine else "")
     )
+
+
+def use_device(choice: str) -> None:
+    """Where MLX computes from here on: its default device ("auto"), or the "cpu"."""
+    if choice == "cpu":
+        mx.set_default_device(mx.cpu)
 
 
 def use_blas(choice: str) -> str:

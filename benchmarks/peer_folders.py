@@ -1,8 +1,8 @@
-"""The same weights for everyone: float32 copies of one checkpoint, each in the form its reader takes.
+"""The same weights for everyone: copies of one checkpoint in one type, each in the form its reader takes.
 
 What each reads:
-  ours      the converted folder, stored as float32 (folding happens in float32; the default would round to bfloat16)
-  mlx-vlm   the hub folder. It computes in the stored type, so a checkpoint in another type is copied as float32.
+  ours      the converted folder, stored in that type (folding happens in float32)
+  mlx-vlm   the hub folder. It computes in the stored type, so a checkpoint in another type is copied in that one.
             Apple's files are enough otherwise: `image_token_index` and the image processor have the right defaults,
             but for towers of another input size than 1024, which only a preprocessor_config.json can tell it.
   PyTorch   the hub folder as it is; the weights are cast while they are read
@@ -18,17 +18,18 @@ import mlx.core as mx
 
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert import convert
+from mlx_fastvlm.loading import DTYPES
 
 _MLX_VLM_IMAGE_SIZE = 1024
 
 
-def make_ours(checkpoint: Path, folder: Path) -> Path:
-    """Convert into `folder` as float32, unless an earlier run has."""
-    return folder if folder.exists() else convert(checkpoint, folder, dtype="float32")
+def make_ours(checkpoint: Path, folder: Path, dtype: str) -> Path:
+    """Convert into `folder`, stored as `dtype`, unless an earlier run has."""
+    return folder if folder.exists() else convert(checkpoint, folder, dtype=dtype)
 
 
-def make_mlx_vlm(checkpoint: Path, folder: Path) -> Path:
-    """Copy a hub folder into `folder` as mlx-vlm needs it, unless an earlier run has."""
+def make_mlx_vlm(checkpoint: Path, folder: Path, dtype: str) -> Path:
+    """Copy a hub folder into `folder`, in `dtype`, as mlx-vlm needs it, unless an earlier run has."""
     if folder.exists():
         return folder
     aside = folder.with_name(f".{folder.name}.partial")
@@ -37,7 +38,7 @@ def make_mlx_vlm(checkpoint: Path, folder: Path) -> Path:
     try:
         for path in checkpoint.iterdir():
             if path.suffix == ".safetensors":
-                _copy_as_float32(path, aside / path.name)
+                _copy_as(DTYPES[dtype], path, aside / path.name)
             elif path.is_file():
                 shutil.copyfile(path, aside / path.name)
         image_size = FastVLMConfig.from_folder(checkpoint).vision_config.image_size
@@ -50,12 +51,12 @@ def make_mlx_vlm(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def _copy_as_float32(source: Path, destination: Path) -> None:
+def _copy_as(dtype: mx.Dtype, source: Path, destination: Path) -> None:
     weights = mx.load(str(source))
-    if all(not mx.issubdtype(array.dtype, mx.floating) or array.dtype == mx.float32 for array in weights.values()):
+    if all(not mx.issubdtype(array.dtype, mx.floating) or array.dtype == dtype for array in weights.values()):
         destination.symlink_to(source.resolve())
         return
     for name in list(weights):
         if mx.issubdtype(weights[name].dtype, mx.floating):
-            weights[name] = weights[name].astype(mx.float32)
+            weights[name] = weights[name].astype(dtype)
     mx.save_safetensors(str(destination), weights, {"format": "pt"})

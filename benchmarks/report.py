@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,27 @@ class Summary:
         return [f"{self.median * scale:,.{digits}f}", f"{low}-{high}"]
 
 
+def as_factor(ratio: Summary, more: str, less: str) -> str:
+    """A ratio in words: "3.10 times {more} (2.90-3.30)", or, below 1, the other way round with {less}."""
+    if ratio.median >= 1:
+        word = more
+    else:
+        ratio, word = Summary.of([1 / sample for sample in ratio.samples]), less
+    median, spread = ratio.cells(digits=2)
+    return f"{median} times {word} ({spread})"
+
+
 def ratios(samples: Summary, base: Summary) -> Summary:
     """Sample over sample: each pair was taken in the same round, so drift of the machine cancels."""
     return Summary.of([a / b for a, b in zip(samples.samples, base.samples, strict=True)])
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` for JSON: summaries as dicts, at every depth."""
+    return {
+        key: value.to_dict() if isinstance(value, Summary) else plain(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+    }
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

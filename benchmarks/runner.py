@@ -1,70 +1,76 @@
-"""The child's side of the peers benchmark: loads one implementation, then answers requests, one JSON line each.
+"""The child's side of peers and headline: loads one implementation, then answers requests, one JSON line each.
 
-Arguments: ours|mlx-vlm|torch FOLDER auto|off
+Arguments: the implementation's name, and its options as JSON (see `runner_process.RunnerProcess`).
 
-Standard input: {"image": file, "prompt": question, "max_tokens": n} a line. Standard output: first {"ready": ...} or
-{"unavailable": why}, then {"ttft", "ttft_cpu", "seconds", "tokens", "peak_rss"} for each request. Everything that libraries print
-goes to stderr. `runner_process` is the other side.
+Standard input: one JSON object a line, the arguments of what the loader returned. Standard output: first {"ready": ...}
+or {"unavailable": why}, then its result for each request. Everything that libraries print goes to stderr.
+`runner_process` is the other side.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from mlx_fastvlm.errors import FastVLMError
 
-from .machine import matmul_gflops, peak_rss, use_blas
-from .runners import RUNNERS, TokenStream
+from .child import claim_stdout, send
+from .headline_runners import HEADLINE_RUNNERS
+from .machine import matmul_gflops, peak_rss, use_blas, use_device
+from .runners import RUNNERS, Implementation
+
+Answer = Callable[..., dict[str, Any]]  # the fields of a request → the reply
 
 
 def main() -> None:
-    name, folder, blas_choice = sys.argv[1:]
-    replies = _claim_stdout()
-    # Before a peer loads: the BLAS must be the same whoever computes.
-    blas = use_blas(blas_choice)
+    name, options = sys.argv[1], json.loads(sys.argv[2])
+    replies = claim_stdout()
+    # Before a peer loads: device and BLAS must be the same whoever computes.
+    use_device(options["device"])
+    blas = use_blas(options["blas"])
     gflops = matmul_gflops()
     start = time.perf_counter()
     try:
-        stream = RUNNERS[name](Path(folder))
+        reply_to = load(name, options)
     except (ImportError, FastVLMError) as error:
-        _send(replies, {"unavailable": str(error)})
+        send(replies, {"unavailable": str(error)})
         return
     seconds = time.perf_counter() - start
-    _send(replies, {"ready": name, "load_seconds": seconds, "blas": blas, "mlx_matmul_gflops": gflops})
+    send(replies, {"ready": name, "load_seconds": seconds, "blas": blas, "mlx_matmul_gflops": gflops})
     for line in sys.stdin:
-        _send(replies, answer(stream, **json.loads(line)))
+        send(replies, reply_to(**json.loads(line)))
 
 
-def answer(stream: TokenStream, image: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+def load(name: str, options: dict[str, Any]) -> Answer:
+    """What answers requests: a FastVLM that is asked about pictures, or one side of the headline comparison."""
+    if name in HEADLINE_RUNNERS:
+        return HEADLINE_RUNNERS[name](options)
+    return partial(answer, RUNNERS[name](options))
+
+
+def answer(implementation: Implementation, image: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     """One answer on one stopwatch: it starts with the call, before the picture's file is opened.
 
     `ttft_cpu` is the processor time of all threads meanwhile, which a busy machine distorts less.
     """
     start, start_cpu = time.perf_counter(), time.process_time()
     tokens, ttft, ttft_cpu = [], None, None
-    for token in stream(image, prompt, max_tokens):
+    for token in implementation.tokens(image, prompt, max_tokens):
         if ttft is None:
             ttft, ttft_cpu = time.perf_counter() - start, time.process_time() - start_cpu
         tokens.append(token)
-    seconds = time.perf_counter() - start
-    return {"ttft": ttft, "ttft_cpu": ttft_cpu, "seconds": seconds, "tokens": tokens, "peak_rss": peak_rss()}
-
-
-def _claim_stdout() -> TextIO:
-    """Keep stdout for replies: whatever else writes to it reaches stderr."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return replies
-
-
-def _send(replies: TextIO, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
+    return {
+        "ttft": ttft,
+        "ttft_cpu": ttft_cpu,
+        "seconds": time.perf_counter() - start,
+        "tokens": tokens,
+        "peak_rss": peak_rss(),
+        "device_peak": implementation.device_peak(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parent's side of the peers benchmark: starts a runner and asks it; see `runner` for the lines between them."""
+"""The parent's side of peers and headline: starts a runner and asks it; see `runner` for the lines between them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from .child import module_command
@@ -21,10 +20,10 @@ class RunnerProcess:
     """One implementation, loaded in a process of its own. A context manager: leaving it ends the process.
 
     Args:
-        name: a key of `runners.RUNNERS`.
-        folder: what it loads.
+        name: a key of `runners.RUNNERS` or `headline_runners.HEADLINE_RUNNERS`.
         python: interpreter that has this package and the implementation.
-        blas: "auto" or "off", see `machine.use_blas`.
+        options: "device" ("auto" or "cpu", see `machine.use_device`), "blas" ("auto" or "off", see `machine.use_blas`)
+            and what the implementation's loader takes.
 
     Attributes:
         ready: what the runner said when it was loaded.
@@ -35,10 +34,10 @@ class RunnerProcess:
         BenchmarkError: the runner broke.
     """
 
-    def __init__(self, name: str, folder: Path, python: str, blas: str):
+    def __init__(self, name: str, python: str, options: dict[str, Any]):
         self.name = name
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-        command = module_command("mlx_fastvlm.benchmarks.runner", name, str(folder.resolve()), blas, python=python)
+        command = module_command("mlx_fastvlm.benchmarks.runner", name, json.dumps(options), python=python)
         start = time.perf_counter()
         try:
             self._process = subprocess.Popen(
@@ -56,9 +55,8 @@ class RunnerProcess:
             raise
         self.start_seconds = time.perf_counter() - start
 
-    def ask(self, image: Path, prompt: str, max_tokens: int) -> dict[str, Any]:
-        """One answer as `runner.answer` gives it: seconds, tokens, bytes."""
-        request = {"image": str(image.resolve()), "prompt": prompt, "max_tokens": max_tokens}
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One reply, such as `runner.answer` gives."""
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

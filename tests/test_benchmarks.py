@@ -1,5 +1,6 @@
 """The benchmarks measure what they say, on tiny models: no number here is a result."""
 
+import argparse
 import io
 import json
 import subprocess
@@ -9,19 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm.benchmarks import child, cold_start, conversion, peers, picture, report, runner, ttft
+from mlx_fastvlm.benchmarks import child, cold_start, command, conversion, peers, picture, report, ttft
 from mlx_fastvlm.benchmarks.command import BenchmarkError
-from mlx_fastvlm.benchmarks.runner_process import RunnerProcess, Unavailable
+from mlx_fastvlm.benchmarks.runner_process import RunnerProcess
+from tests.benchmark_output import result_of
 from tests.conftest import GOLDEN
 
 PICTURE = GOLDEN / "images" / "landscape.png"
-
-
-def result_of(benchmark, capsys, *arguments):
-    """Run a benchmark's main and read the JSON line that it prints last."""
-    benchmark.main([str(argument) for argument in arguments])
-    lines = capsys.readouterr().out.splitlines()
-    return json.loads(lines[-1]), "\n".join(lines[:-1])
 
 
 def test_a_summary_keeps_median_spread_and_order():
@@ -35,6 +30,20 @@ def test_a_summary_keeps_median_spread_and_order():
 
 def test_ratios_are_taken_round_by_round():
     assert report.ratios(report.Summary.of([2.0, 30.0]), report.Summary.of([1.0, 10.0])).samples == (2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [([2.0, 4.0, 3.0], "3.00 times less (2.00-4.00)"), ([0.5, 0.25], "3.00 times more (2.00-4.00)")],
+)
+def test_a_factor_says_its_direction(samples, words):
+    assert report.as_factor(report.Summary.of(samples), "less", "more") == words
+
+
+def test_results_are_plain_at_every_depth():
+    values = {"a": {"b": report.Summary.of([1.0])}, "c": None}
+    assert json.loads(json.dumps(report.plain(values)))["a"]["b"]["samples"] == [1.0]
+    assert report.plain(values)["c"] is None
 
 
 def test_a_table_lines_up():
@@ -63,35 +72,6 @@ def test_the_generated_picture_is_a_png_of_what_was_drawn():
     np.testing.assert_array_equal(pixels, picture.draw(65, 43))
 
 
-def test_the_stopwatch_sees_the_first_token_and_the_end(monkeypatch):
-    clock, cpu_clock = iter([10.0, 12.0, 17.0]), iter([1.0, 4.0])
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(runner.time, "process_time", lambda: next(cpu_clock))
-    reply = runner.answer(lambda image, prompt, count: iter(range(count)), "x.png", "?", 3)
-    assert (reply["ttft"], reply["ttft_cpu"], reply["seconds"], reply["tokens"]) == (2.0, 3.0, 7.0, [0, 1, 2])
-
-
-@pytest.mark.parametrize(("one", "other", "common"), [([1, 2, 3], [1, 2, 4], 2), ([], [1], 0), ([1, 2], [1, 2], 2)])
-def test_answers_are_compared_from_the_beginning(one, other, common):
-    assert peers._common_start(one, other) == common
-
-
-def test_ttft_stages_make_up_the_total(capsys, converted_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result, table = result_of(
-        ttft, capsys, "--model", converted_folder("inference"), "--image", PICTURE, "--repeat", 1, "--max-tokens", 4,
-        "--save",
-    )  # fmt: skip
-    times = {name: summary["median"] for name, summary in result["times_s"].items()}
-    assert sum(times[stage] for stage in ttft.STAGES) == pytest.approx(times["ttft"], rel=0.05)
-    assert times["encode + project + prefill"] == times["encode"] + times["project"] + times["prefill"]
-    assert result["generation_tokens"] == 4
-    assert result["decode_tps"]["median"] > 0
-    assert result["peak_rss_bytes"] >= result["loaded_rss_bytes"] > result["weight_bytes"] > 0
-    assert "ttft" in table
-    assert json.loads((tmp_path / "benchmarks" / "results" / "ttft.json").read_text()) == result
-
-
 def test_cold_start_orders_its_times_and_finds_nothing_heavy(capsys, converted_folder):
     result, _ = result_of(
         cold_start, capsys, "--model", converted_folder("inference"), "--image", PICTURE, "--repeat", 1
@@ -108,15 +88,33 @@ def test_conversion_reports_time_and_memory(capsys, hub_folder):
     assert result["within_limit"] is True
 
 
-def test_peers_runs_with_ours_alone(capsys, hub_folder):
-    result, table = result_of(
-        peers, capsys, hub_folder("inference"), "--image", PICTURE, "--repeat", 1, "--max-tokens", 5, "--peers"
-    )
-    ours = result["runners"]["ours"]
-    assert len(ours["tokens"]) == 5
-    assert 0 < ours["ttft_s"]["median"] < ours["start_s"] + 60
-    assert ours["ttft_over_ours"]["median"] == 1.0
-    assert "all 5" in table
+def run_with(result, argv, capsys):
+    """`command.run` on a benchmark that measures `result`; (exit code, the JSON line)."""
+    parser = command.make_parser("example", "An example.")
+    code = 0
+    try:
+        command.run("example", parser, lambda args: ("the table", result), argv)
+    except SystemExit as end:
+        code = end.code
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_what_ctrl_c_cut_short_is_shown_but_not_saved(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, result = run_with({"value": 1, "interrupted": True}, ["--save"], capsys)
+    assert (code, result["value"]) == (130, 1)
+    assert not list(tmp_path.iterdir())
+    code, result = run_with({"value": 2}, ["--save"], capsys)
+    assert (code, result["value"]) == (0, 2)
+    assert json.loads((tmp_path / "benchmarks" / "results" / "example.json").read_text()) == result
+    assert result["machine"]["load_average_after"] >= 0
+
+
+@pytest.mark.parametrize("text", ["0", "100", "-64", "x"])
+def test_sizes_come_in_steps(text):
+    assert command.positive_multiple_of(64)("192") == 192
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        command.positive_multiple_of(64)(text)
 
 
 def test_children_import_nothing_of_the_current_folder(tmp_path, monkeypatch):
@@ -129,20 +127,10 @@ def test_children_import_nothing_of_the_current_folder(tmp_path, monkeypatch):
     assert ttft.resolve_aside("demo").name == "demo"
     assert cold_start.import_times(1)[1].median > 0
     with pytest.raises(BenchmarkError, match="The unheard-of runner broke: KeyError"):
-        RunnerProcess("unheard-of", tmp_path, sys.executable, "auto")
+        RunnerProcess("unheard-of", sys.executable, {"device": "auto", "blas": "auto"})
     refused = subprocess.run(child.code_command("import trap"), capture_output=True, text=True)
     assert "No module named 'trap'" in refused.stderr
     assert not (tmp_path / "has-run").exists()
-
-
-def test_a_peer_that_is_not_there_is_named_with_the_reason(tmp_path):
-    with pytest.raises(Unavailable, match="cannot be started"):
-        RunnerProcess("mlx-vlm", tmp_path, str(tmp_path / "no-python"), "auto")
-
-
-def test_a_runner_that_breaks_is_one_line(tmp_path):
-    with pytest.raises(BenchmarkError, match="The unheard-of runner broke: KeyError"):
-        RunnerProcess("unheard-of", tmp_path, sys.executable, "auto")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from mlx_fastvlm import __version__
-from mlx_fastvlm.cli import describe, models
+from mlx_fastvlm.cli import describe, kernels, models
+from mlx_fastvlm.cli.bench import bench
 from mlx_fastvlm.cli.terminal import say
 from mlx_fastvlm.errors import FastVLMError
 
@@ -27,8 +28,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (describe.describe, models.convert, models.quantize, models.fidelity, models.verify, models.info):
+for _command in (
+    describe.describe, models.convert, models.quantize, models.fidelity, models.verify, models.info,
+    kernels.tune, kernels.selftest,
+):  # fmt: skip
     app.command()(_command)
+app.add_typer(bench)
 
 
 def _show_version(asked: bool) -> None:
