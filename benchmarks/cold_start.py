@@ -76,16 +76,19 @@ def time_answer(command: Sequence[str]) -> tuple[float, float]:
     """
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
-        first_byte = process.stdout.read(1)
-        first = time.perf_counter() - start
-        process.stdout.read()
-        complaint = process.stderr.read().decode(errors="replace")
-        process.wait()
+        try:
+            answer = process.stdout.read(1)
+            first = time.perf_counter() - start
+            rest, complaints = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
     last = time.perf_counter() - start
+    complaint = complaints.decode(errors="replace")
     if process.returncode != 0:
         reason = complaint.strip().splitlines()[-1] if complaint.strip() else f"exit code {process.returncode}"
         raise BenchmarkError(f"describe failed: {reason}")
-    if not first_byte:
+    if not (answer + rest).strip():  # the line's end comes in any case
         raise BenchmarkError("describe said nothing; ask for more tokens.")
     return first, last
 

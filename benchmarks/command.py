@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,9 +46,17 @@ def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
         metavar="NAME",
         nargs="?",
         const=name,
+        type=_result_name,
         help=f"also write benchmarks/results/NAME.json under the current folder (NAME: {name})",
     )
     return parser
+
+
+def _result_name(text: str) -> str:
+    """argparse type of --save."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError("expected a plain name: letters, digits, dots, dashes")
+    return text
 
 
 def add_picture(parser: argparse.ArgumentParser) -> None:
@@ -93,31 +103,54 @@ def installed_command() -> Path:
 def run(name: str, parser: argparse.ArgumentParser, measure: Measure, argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print the table and, last, one JSON line; save it if asked.
 
-    What `measure` hands back with "interrupted": True was cut short by Ctrl-C: it is shown, but not saved.
+    What `measure` hands back with "interrupted": True was cut short by Ctrl-C, with "error": message by something else:
+    it is shown, but not saved.
     Leaves through SystemExit: 1 for what the user can mend, 130 after Ctrl-C.
     """
     args = parser.parse_args(argv)
     try:
+        path = Path("benchmarks", "results", f"{args.save}.json") if args.save else None
+        if path is not None:
+            _check_place(path)
         machine = describe_machine()
         table, result = measure(args)
         machine["load_average_after"] = load_average()
         result = {"benchmark": name, "machine": machine, **result}
         print(f"{machine_line(machine)}\n\n{table}\n")
-        interrupted = result.get("interrupted", False)
-        if args.save and not interrupted:
-            path = Path("benchmarks", "results", f"{args.save}.json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_json(path, result)
-            print(f"Saved: {path}")
+        interrupted, error = result.get("interrupted", False), result.get("error")
+        if path is not None and not interrupted and error is None:
+            error = _save(path, result)
         print(json.dumps(result, ensure_ascii=False), flush=True)
         if interrupted:
             raise KeyboardInterrupt
+        if error is not None:
+            raise BenchmarkError(error)
     except FastVLMError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a result that could not be saved, before anything is measured for it; makes no folder yet."""
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BenchmarkError(
+            f"{path} cannot be saved: {place} takes no files; go to another folder or leave --save out."
+        )
+
+
+def _save(path: Path, result: dict[str, Any]) -> str | None:
+    """Write the result. Returns None, or why it could not be written: what was measured is to be shown all the same."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, result)
+    except OSError as error:
+        return f"{path} cannot be saved ({error.strerror or error}); the result is in the JSON line."
+    print(f"Saved: {path}")
+    return None
 
 
 def progress(text: str) -> None:

@@ -60,6 +60,11 @@ def use_device(choice: str) -> None:
         mx.set_default_device(mx.cpu)
 
 
+def computes_on_cpu(choice: str) -> bool:
+    """Whether MLX computes on the CPU: its default device ("auto") is one, or it was told to ("cpu")."""
+    return choice == "cpu" or mx.default_device().type == mx.DeviceType.cpu
+
+
 def use_blas(choice: str) -> str:
     """Give MLX on a Linux CPU the matrix product the runtime would use, in a process that runs somebody else's code.
 

@@ -4,7 +4,7 @@ Everything in one type and greedy. Each implementation loads once in a process o
 so that one round asks each of them once: drift of the machine meets all alike, and ratios are taken within a round. The
 clock is the same for all: from the call, with the picture's file in the system's cache, to the first token. One round
 before the first is not counted ("first" in the table). "cpu" is the processor time of all threads up to the first
-token. An implementation that is not installed is skipped, with the reason.
+token. A peer that is not installed, or breaks, is left out, with the reason.
 
   ours            this package on a converted copy
   mlx-vlm         its load and stream_generate, unpatched (pip install mlx-vlm; tried with 0.7.10)
@@ -38,6 +38,7 @@ from typing import Any
 from mlx_fastvlm.loading import DTYPES
 
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
+from .machine import computes_on_cpu
 from .peer_folders import make_mlx_vlm, make_ours
 from .picture import picture_file
 from .report import Summary, as_factor, format_table, plain, ratios
@@ -64,7 +65,7 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             progress(f"Loading {name}.")
             try:
                 runner = start(name, work, args)
-            except Unavailable as error:
+            except (Unavailable, BenchmarkError) as error:
                 if name == OURS:
                     raise BenchmarkError(str(error)) from None
                 skipped[name] = str(error)
@@ -72,8 +73,9 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             else:
                 runners[name] = stack.enter_context(runner)
         request = {"image": str(picture.resolve()), "prompt": args.prompt, "max_tokens": args.max_tokens}
-        rounds = ask_in_turns(runners, request, args.repeat, {SLOW: args.slow_repeat})
-    results = {name: summarize(name, runner, rounds) for name, runner in runners.items()}
+        limits = {SLOW: args.slow_repeat} if computes_on_cpu(args.device) else {}
+        rounds = ask_in_turns(runners, request, args.repeat, limits, skipped)
+    results = {name: summarize(name, runner, rounds) for name, runner in runners.items() if name not in skipped}
     for result in results.values():
         compare(result, results[OURS])
     name = args.checkpoint.resolve().name
@@ -81,6 +83,8 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "checkpoint": name,
         "dtype": args.dtype,
         "device": args.device,
+        "image": None if args.image is None else args.image.name,
+        "prompt": args.prompt,
         "max_tokens": args.max_tokens,
         "blas": args.blas,
         "skipped": skipped,
@@ -116,7 +120,11 @@ def prepare(name: str, checkpoint: Path, work: Path, dtype: str) -> Path:
 
 
 def ask_in_turns(
-    runners: Mapping[str, RunnerProcess], request: Mapping[str, Any], repeat: int, limits: Mapping[str, int]
+    runners: Mapping[str, RunnerProcess],
+    request: Mapping[str, Any],
+    repeat: int,
+    limits: Mapping[str, int],
+    broken: dict[str, str] | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
     """`repeat` + 1 rounds of runner name → answer; the first round is the one that is not to be counted.
 
@@ -125,6 +133,8 @@ def ask_in_turns(
         request: what `RunnerProcess.ask` takes.
         repeat: counted rounds.
         limits: runner name → how many counted rounds it takes part in, from the first on; not in the uncounted one.
+        broken: filled with peers that break, name → reason; they are asked no more, and the others go on. Without it any
+            break ends the benchmark, as does one of ours.
 
     Raises:
         BenchmarkError: an answer is empty, or a runner breaks.
@@ -133,17 +143,29 @@ def ask_in_turns(
     for turn in range(repeat + 1):
         answers = {}
         for name, runner in runners.items():
-            if name in limits and not 1 <= turn <= limits[name]:
+            if name in (broken or {}) or (name in limits and not 1 <= turn <= limits[name]):
                 continue
             time.sleep(_PAUSE_SECONDS)
-            answers[name] = runner.ask(**request)
-            if not answers[name]["tokens"]:
-                raise BenchmarkError(f"{name} ended its answer before the first token; ask something else.")
+            try:
+                answers[name] = _ask(name, runner, request)
+            except BenchmarkError as error:
+                if broken is None or name == OURS:
+                    raise
+                broken[name] = str(error)
+                progress(f"Going on without {name}: {error}")
+                continue
             progress(
                 f"{'not counted' if turn == 0 else f'{turn}/{repeat}'}: {name} {answers[name]['ttft'] * 1e3:,.0f} ms"
             )
         rounds.append(answers)
     return rounds
+
+
+def _ask(name: str, runner: RunnerProcess, request: Mapping[str, Any]) -> dict[str, Any]:
+    answer = runner.ask(**request)
+    if not answer["tokens"]:
+        raise BenchmarkError(f"{name} ended its answer before the first token; ask something else.")
+    return answer
 
 
 def summarize(name: str, runner: RunnerProcess, rounds: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -48,11 +48,6 @@ class Prediction:
     def seconds(self) -> float:
         return sum(self.waits.values())
 
-    @property
-    def bound(self) -> str:
-        """What most of the time is spent waiting for."""
-        return max(self.waits, key=lambda name: self.waits[name])
-
     def share(self, bound: str) -> float:
         """Share of the time spent waiting for one of BOUNDS."""
         return self.waits[bound] / self.seconds

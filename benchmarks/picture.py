@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 import zlib
@@ -21,11 +22,13 @@ def picture_file(given: Path | None) -> Iterator[Path]:
     """The picture to measure with: `given`, or a generated one that lives as long as the context.
 
     Raises:
-        BenchmarkError: `given` is not a file.
+        BenchmarkError: `given` is not a file, or may not be read.
     """
     if given is not None:
         if not given.is_file():
             raise BenchmarkError(f"There is no file {given}; give a picture, or leave --image out.")
+        if not os.access(given, os.R_OK):
+            raise BenchmarkError(f"{given} may not be read; change its permissions or give another picture.")
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as folder:

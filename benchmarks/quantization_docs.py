@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .command import BenchmarkError
+from .docs_page import fill, markdown_table
 
 Row = dict[str, str]  # column → cell
 SAVED = ("quantization", "quantization-kv", "quantization-0.5b")  # names of the results that the page shows
@@ -65,20 +64,13 @@ def fill_docs(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
         BenchmarkError: a mark is missing.
     """
     demo, full = results["quantization"], results["quantization-0.5b"]
-    blocks: dict[str, Callable[[], str]] = {
-        "claim": lambda: claim(demo, full),
-        "demo": lambda: _markdown(demo_rows(demo)),
-        "kv": lambda: _markdown(kv_rows(results["quantization-kv"])),
-        "full-size": lambda: _markdown(full_size_rows(full)),
+    blocks = {
+        "claim": claim(demo, full),
+        "demo": markdown_table(demo_rows(demo)),
+        "kv": markdown_table(kv_rows(results["quantization-kv"])),
+        "full-size": markdown_table(full_size_rows(full)),
     }
-    for name, render in blocks.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(text):
-            raise BenchmarkError(f"The page has no {begin} … {end}; put both marks where the block belongs.")
-        filled = f"{begin}\n{render()}\n{end}"
-        text = pattern.sub(lambda _, filled=filled: filled, text)
-    return text
+    return fill(text, blocks)
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -125,8 +117,3 @@ def _by_recipe(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _less(share: float) -> str:
     return f"{share:.0%} less" if share >= 0 else f"{-share:.0%} more"
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    header, lines = cells(rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] + ["---:"] * (len(header) - 1), *lines])

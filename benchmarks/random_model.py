@@ -9,6 +9,7 @@ cut such text into words; their ids mean nothing.
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,6 +25,8 @@ from mlx_fastvlm.loading import load_model
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.quantization import QuantizationConfig
+
+from .command import BenchmarkError
 
 _DECODERS = {
     "0.5b": TextConfig(
@@ -85,13 +88,17 @@ def load_random(config: FastVLMConfig, dtype: str | None, quantization: Quantiza
         config: the model's shape, unquantized.
         dtype: type to compute in; None as `loading.load` decides.
         quantization: which layers to quantize; None leaves all as they are.
+
+    Raises:
+        BenchmarkError: the folder for temporary files has no room for the weights.
     """
-    config = replace(config, quantization=quantization)
     with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as folder:
-        stored = dict(stored_weights(random_weights(replace(config, quantization=None), mx.bfloat16), quantization))
+        stored = dict(stored_weights(random_weights(config, mx.bfloat16), quantization))
+        _check_room(folder, sum(array.nbytes for array in stored.values()))
         mx.save_safetensors(str(Path(folder) / "model.safetensors"), stored)
         del stored
-        return load_model(Path(folder), config, dtype)
+        mx.clear_cache()  # peak memory is to be the runtime's: no room from here is left for what is loaded now
+        return load_model(Path(folder), replace(config, quantization=quantization), dtype)
 
 
 def stored_weights(
@@ -114,6 +121,15 @@ def word_processor(config: FastVLMConfig) -> Processor:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     return Processor(tokenizer, ImageProcessor(config.vision_config.image_size), frozenset())
+
+
+def _check_room(folder: str, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise BenchmarkError(
+            f"{Path(folder).parent} has {free / 1e9:.1f} GB free; the random weights need {nbytes / 1e9:.1f} GB for some "
+            "seconds. Make room, or set TMPDIR to a folder elsewhere."
+        )
 
 
 def _random_array(name: str, shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array) -> mx.array:

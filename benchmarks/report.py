@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mlx_fastvlm.replace_file import replace_file
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,5 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def save_json(path: Path, value: object) -> None:
-    """Write `value` to `path`, see `replace_file`."""
+    """Write `value` to `path`, whose folder exists; a reader sees the old file or the new one. Raises OSError."""
     replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whose folder exists; a reader sees the old file or the new one, never a part."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise

@@ -26,6 +26,7 @@ from mlx_fastvlm.config import FastVLMConfig
 
 from .apple_chips import CHIPS, Chip, chip_named
 from .command import BenchmarkError, at_least_one, make_parser, positive_multiple_of, run
+from .docs_page import markdown_table, renew
 from .layer_work import (
     FUSED,
     MLX_VLM,
@@ -42,9 +43,7 @@ from .performance_model import BOUNDS, Prediction, predict
 from .published_points import POINTS
 from .random_model import SIZES, random_config
 from .report import format_table
-from .roofline_docs import fill_docs
 
-PREDICTION = "prediction"  # under the key "model" of every result, so that none is taken for a measurement
 TITLE = "PREDICTED by a model, not measured"
 TEXT_TOKENS = 24  # of the prompt, the image's rows come on top
 CONTEXTS = (300, 1024, 4096)
@@ -202,7 +201,7 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     config = replace(config, vision_config=replace(config.vision_config, image_size=args.resolution))
     chips = CHIPS if args.chip is None else (chip_named(args.chip),)
     scene = f"FastVLM-{args.model.upper()}, {args.resolution} pixels, {args.text_tokens} text tokens, float16"
-    parts = [f"{TITLE}: {scene}"]
+    parts = [f"{TITLE} (the machine above only computed it): {scene}"]
     if args.chip is None:
         parts.append(_plain_table(overview_rows(config, chips, args.text_tokens)))
     for chip in chips:
@@ -210,8 +209,9 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         parts.append(_plain_table(decode_rows(config, chip)))
         parts.append(_plain_table(change_rows(config, (chip,), args.text_tokens)))
     result = {
-        "model": PREDICTION,
-        "size": args.model,
+        "predicted": True,
+        "note": f"{TITLE}; the machine above only computed it.",
+        "model": args.model,
         "resolution": args.resolution,
         "text_tokens": args.text_tokens,
         "chips": {chip.name: predict_chip(config, chip, args.text_tokens) for chip in chips},
@@ -219,18 +219,11 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "\n\n".join(parts), result
 
 
-def write_docs(page: Path) -> None:
-    """Renew the tables of docs/performance-model.md. Raises BenchmarkError if there is no such page or mark."""
-    if not page.is_file():
-        raise BenchmarkError(f"There is no file {page}.")
-    page.write_text(fill_docs(page.read_text(encoding="utf-8"), docs_tables()), encoding="utf-8")
-
-
-def docs_tables() -> dict[str, list[dict[str, str]]]:
+def docs_blocks() -> dict[str, str]:
     """The page's generated tables by the name of their marks: FastVLM-0.5B at 1024 pixels."""
     config = random_config("0.5b")
     two = (chip_named("M2"), chip_named("M4 Max"))
-    return {
+    tables = {
         "chips": [
             {
                 "chip": chip.name,
@@ -248,6 +241,7 @@ def docs_tables() -> dict[str, list[dict[str, str]]]:
         "changes": change_rows(config, (*two, chip_named("M5 Max")), TEXT_TOKENS),
         "points": point_rows(),
     }
+    return {name: markdown_table(rows) for name, rows in tables.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -267,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run("roofline", parser, measure, argv)
         return
     try:
-        write_docs(args.docs)
+        renew(args.docs, docs_blocks())
     except BenchmarkError as error:
         sys.exit(f"roofline: {error}")
 

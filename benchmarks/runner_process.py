@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import tempfile
 import time
@@ -79,7 +80,8 @@ class RunnerProcess:
     def _receive(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            if self._process.wait() == -signal.SIGKILL:
+                raise BenchmarkError(f"The {self.name} runner was killed, probably for want of memory.")
             self._complaints.seek(0)
             lines = self._complaints.read().decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"exit code {self._process.returncode}"

@@ -11,7 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .command import BenchmarkError
+from .machine import computes_on_cpu
 
 if TYPE_CHECKING:
     import torch
@@ -72,10 +76,9 @@ def torch_device(choice: str) -> str:
     Args:
         choice: "auto" or "cpu".
     """
-    import mlx.core as mx
     import torch
 
-    if choice == "cpu" or mx.default_device().type == mx.DeviceType.cpu:
+    if computes_on_cpu(choice):
         return "cpu"
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -101,6 +104,8 @@ def load_torch(options: Options, compiled: bool = False) -> Implementation:
     from PIL import Image
     from transformers import AutoTokenizer, DynamicCache, StaticCache
 
+    if not Path("tests", "reference", "torch_reference.py").is_file():
+        raise BenchmarkError("its model is in tests/reference: run from the root of a clone of this repository")
     sys.path.append(os.getcwd())  # last: nothing there takes the place of an installed module
     from tests.reference.golden_images import preprocess
     from tests.reference.presets import tower_size

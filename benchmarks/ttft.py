@@ -16,8 +16,8 @@ A released model, one of its size with random weights (speed does not depend on 
 
 A random model's tokenizer counts words; its answers mean nothing and never end early. Resolutions other than the one a
 checkpoint was trained at are for timing: its answers there are not to be trusted. Peak memory is the whole process's,
-loading and quantizing included; a checkpoint is converted beforehand, in a process of its own. Ctrl-C shows what has
-been measured until then.
+loading and quantizing included; a checkpoint is converted beforehand, in a process of its own. After Ctrl-C, or where a
+variant fails, what has been measured until then is shown.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.fidelity.plot import check_plot
 from mlx_fastvlm.loading import DEMO, DTYPES
 
@@ -77,23 +78,32 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         folder, name = resolve_aside(model), Path(model).name
     cold_starts: list[dict[str, Any]] = []
     variants: list[dict[str, Any]] = []
-    interrupted = False
+    cut_short: dict[str, Any] = {}
     with picture_file(args.image) as picture:
         try:
             for cold_start in measure_cold_starts(folder, picture, args):
                 cold_starts.append(cold_start)
             for variant in measure_variants(folder, picture, args):
                 variants.append(variant)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, BenchmarkError) as error:
             if not variants:
                 raise
-            interrupted = True
+            cut_short = {"interrupted": True} if isinstance(error, KeyboardInterrupt) else {"error": str(error)}
     table = _report(name, variants, cold_starts)
-    if args.plot is not None and not interrupted:
-        plot_stages(name, [variant_name(variant) for variant in variants], variants, args.plot)
-        table += f"\nPlot: {args.plot}"
-    result = {"model": name, "cold_start": cold_starts, "variants": [plain(variant) for variant in variants]}
-    return table, {**result, "interrupted": True} if interrupted else result
+    if args.plot is not None and not cut_short:
+        try:
+            plot_stages(name, [variant_name(variant) for variant in variants], variants, args.plot)
+            table += f"\nPlot: {args.plot}"
+        except OptionError as error:
+            cut_short = {"error": str(error)}
+    return table, {
+        "model": name,
+        "image": None if args.image is None else args.image.name,
+        "prompt": args.prompt,
+        "cold_start": cold_starts,
+        "variants": [plain(variant) for variant in variants],
+        **cut_short,
+    }
 
 
 def measure_cold_starts(folder: Path | None, picture: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -129,7 +139,8 @@ def measure_variants(folder: Path | None, picture: Path, args: argparse.Namespac
         )
         measured = run_variant(request)
         measured["times_s"] = stage_summaries(measured.pop("samples"))
-        measured["decode_tps"] = Summary.of(measured["decode_tps"])
+        rates = measured["decode_tps"]
+        measured["decode_tps"] = Summary.of(rates) if rates else None
         yield measured
 
 
@@ -211,7 +222,7 @@ def _row(variant: dict[str, Any]) -> list[str]:
         *times["ttft"].cells(1e3),
         times["paper_ttft"].cells(1e3)[0],
         f"{variant['first_answer_ttft_s'] * 1e3:,.1f}",
-        f"{variant['decode_tps'].median:,.1f}",
+        f"{variant['decode_tps'].median:,.1f}" if variant["decode_tps"] else "",
         f"{variant['peak_rss_bytes'] / 1e9:.2f}",
         f"{variant['peak_rss_bytes'] / variant['weight_bytes']:.2f}",
         f"{variant['mlx_peak_bytes'] / 1e9:.2f}",

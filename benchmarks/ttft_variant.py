@@ -122,7 +122,7 @@ def measure(request: Request) -> dict[str, Any]:
         "prompt_tokens": last.prompt_tokens,
         "generation_tokens": last.generation_tokens,
         "samples": samples,
-        "decode_tps": [response.generation_tps for response, _ in responses],
+        "decode_tps": [response.generation_tps for response, _ in responses if response.generation_tokens > 1],
         "first_answer_ttft_s": first[0].ttft,
         "load_s": load_seconds if request.model else None,  # a random model is also made meanwhile
         "weight_bytes": sum(array.nbytes for _, array in tree_flatten(model.parameters())),

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.kernels import quantized_attention
+from mlx_fastvlm.kernels.causal_attention import causal_attention
 
 STEP = 256  # positions by which a cache grows
 KV_BITS = (2, 3, 4, 5, 6, 8)
@@ -44,9 +45,7 @@ class KVCache:
         self.offset = 0
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        keys, values = self.update_and_fetch(keys, values)
-        mask = "causal" if queries.shape[2] > 1 else None
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return causal_attention(queries, *self.update_and_fetch(keys, values), scale)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append new positions and return everything held.

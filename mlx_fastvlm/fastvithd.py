@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_fastvlm.config import VisionConfig
 from mlx_fastvlm.kernels import depthwise_conv, depthwise_pair, feed_forward, gelu, self_attention, squeeze_excite
 from mlx_fastvlm.kernels.squeeze_excite import SQUEEZE_RATIO, gated
+from mlx_fastvlm.kernels.stem_conv import stem_conv
 from mlx_fastvlm.layers import Linear
 
 LAYER_NORM_EPS = 1e-5
@@ -40,7 +41,7 @@ class DepthwiseConv(nn.Module):
 
 
 class StemConv(nn.Module):
-    """The one dense convolution: 3×3, stride 2, RGB → width."""
+    """The one dense convolution: 3×3, stride 2, RGB → width, and the GELU behind it."""
 
     def __init__(self, out_channels: int):
         super().__init__()
@@ -49,7 +50,7 @@ class StemConv(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, 3) → (B, H/2, W/2, C)."""
-        return mx.conv2d(x, self.weight, stride=2, padding=1) + self.bias
+        return stem_conv(x, self.weight, self.bias)
 
 
 class MobileOneBlock(nn.Module):
@@ -61,7 +62,7 @@ class MobileOneBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         conv = self.reparam_conv
-        return gelu(conv(x)) if isinstance(conv, StemConv) else conv(x, gelu=True)
+        return conv(x) if isinstance(conv, StemConv) else conv(x, gelu=True)
 
 
 class ReparamLargeKernelConv(nn.Module):

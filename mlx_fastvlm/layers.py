@@ -7,7 +7,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_fastvlm.kernels import gelu as gelu_op
-from mlx_fastvlm.kernels import linear, linear_gelu, quantized_linear
+from mlx_fastvlm.kernels import linear, linear_gelu, quantized_linear, quantized_swiglu
 from mlx_fastvlm.quantization import QuantizationConfig, Storage
 
 
@@ -18,6 +18,10 @@ class Linear(nn.Linear):
         """(..., C) → (..., O), through exact GELU if asked."""
         bias = self.bias if "bias" in self else None
         return linear_gelu(x, self.weight, bias) if gelu else linear(x, self.weight, bias)
+
+    def product(self, x: mx.array) -> mx.array:
+        """(..., C) → (..., O) without the bias."""
+        return linear(x, self.weight)
 
 
 class QuantizedLinear(nn.Module):
@@ -37,10 +41,18 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array, gelu: bool = False) -> mx.array:
         """(..., C) → (..., O), through exact GELU if asked."""
-        y = quantized_linear(x, *_unpacked(self))
+        y = self.product(x)
         if "bias" in self:
             y = y + self.bias
         return gelu_op(y) if gelu else y
+
+    def product(self, x: mx.array) -> mx.array:
+        """(..., C) → (..., O) without the bias."""
+        return quantized_linear(x, *_unpacked(self))
+
+    def swiglu(self, x: mx.array) -> mx.array:
+        """(..., C) → (..., O / 2): SwiGLU of this layer's output, of a stacked gate/up projection without bias."""
+        return quantized_swiglu(x, *_unpacked(self))
 
 
 class Embedding(nn.Embedding):
@@ -72,6 +84,14 @@ class QuantizedEmbedding(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., width) → (..., rows of the table)."""
         return quantized_linear(x, *_unpacked(self))
+
+
+def product_and_bias(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
+    """A layer's output in two parts, for an op that adds the bias itself; a bias of zeros where it cannot be parted."""
+    if isinstance(layer, Linear | QuantizedLinear) and "bias" in layer:
+        return layer.product(x), layer.bias
+    y = layer(x)
+    return y, mx.zeros(y.shape[-1:], y.dtype)
 
 
 def quantizable_layers(model: nn.Module) -> list[tuple[str, Linear | Embedding]]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_fastvlm.blas import use_openblas
@@ -25,7 +26,8 @@ from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
 from mlx_fastvlm.json_file import read_json_object
-from mlx_fastvlm.kernels import cpu, reference_only
+from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.kernels.choice import kernels_allowed, reference_only
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.safetensors_file import check_safetensors
@@ -84,12 +86,10 @@ def load_model(folder: Path, config: FastVLMConfig, dtype: str | None = None) ->
     if strange:
         raise CheckpointError(f"{path} does not fit its config.json (see {strange[0]}); convert the model again.")
     target = compute_dtype(weights["language_model.norm.weight"].dtype, dtype)
-    with _cpu_prepared(path.stat().st_size, target):
+    with _cpu_prepared(path.stat().st_size, target, config.quantization is not None) as keeps_narrow:
         for name in list(weights):
-            # One at a time: the stored copy of a weight is freed before the next is read. Packed weights stay packed.
-            if mx.issubdtype(weights[name].dtype, mx.floating):
-                weights[name] = weights[name].astype(target)
-            mx.eval(weights[name])
+            # One at a time: the stored copy of a weight is freed before the next is read.
+            weights[name] = _placed(name, weights[name], target, keeps_narrow)
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
@@ -106,17 +106,45 @@ def compute_dtype(stored: mx.Dtype, asked: str | None) -> mx.Dtype:
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else stored
 
 
+def _placed(name: str, stored: mx.array, target: mx.Dtype, keeps_narrow: bool) -> mx.array:
+    """A weight in memory, in the type to compute in. Packed ones stay packed, and with `keeps_narrow` matrices that hold
+    nothing that bfloat16 does not are kept in it: the same numbers in half the bytes (see kernels/linear.py)."""
+    if not mx.issubdtype(stored.dtype, mx.floating):
+        placed = stored
+    elif keeps_narrow and stored.ndim == 2 and name.endswith(".weight") and _fits_bfloat16(stored):
+        placed = stored.astype(mx.bfloat16)
+    else:
+        placed = stored.astype(target)
+    mx.eval(placed)
+    return placed
+
+
+def _fits_bfloat16(stored: mx.array) -> bool:
+    """Whether no number changes in bfloat16. Many a float32 file was made from a bfloat16 one."""
+    if stored.dtype != mx.float32:
+        return stored.dtype == mx.bfloat16
+    bits = np.asarray(stored).view(np.uint32)
+    return not any(np.bitwise_or.reduce(part, axis=None) & 0xFFFF for part in (bits[:1], bits))
+
+
 @contextmanager
-def _cpu_prepared(size: int, dtype: mx.Dtype) -> Iterator[None]:
-    """On a Linux CPU: put the fast matrix product in place, and for a large model load the loops while weights load."""
+def _cpu_prepared(size: int, dtype: mx.Dtype, quantized: bool) -> Iterator[bool]:
+    """On a Linux CPU: put the fast matrix product in place, and for a large model load the loops while weights load.
+
+    Yields:
+        Whether those loops will run, which compute in float32 on weights in bfloat16.
+    """
     if not on_slow_cpu() or reference_only():
-        yield
+        yield False
         return
     use_openblas()
+    loops_run = kernels_allowed() and dtype == mx.float32 and size > LARGE_MODEL_BYTES and cpu.missing() is None
+    if not loops_run:
+        yield False
+        return
     with ThreadPoolExecutor(1) as pool:
-        if size > LARGE_MODEL_BYTES and dtype == mx.float32:
-            pool.submit(cpu.warm_up)
-        yield
+        pool.submit(cpu.warm_up, quantized)
+        yield True
 
 
 def on_slow_cpu() -> bool:

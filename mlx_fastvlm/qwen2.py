@@ -11,8 +11,8 @@ import mlx.nn as nn
 
 from mlx_fastvlm.cache import Cache, KVCache, QuantizedKVCache
 from mlx_fastvlm.config import TextConfig
-from mlx_fastvlm.kernels import swiglu
-from mlx_fastvlm.layers import Embedding, Linear
+from mlx_fastvlm.kernels import add_rms_norm, rotary_heads, swiglu, swiglu_feed_forward
+from mlx_fastvlm.layers import Embedding, Linear, QuantizedLinear, product_and_bias
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +23,10 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self._eps)
+
+    def of_sum(self, x: mx.array, change: mx.array) -> tuple[mx.array, mx.array]:
+        """x + change, and its norm."""
+        return add_rms_norm(x, change, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -39,19 +43,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, cache: Cache) -> mx.array:
         """(B, L, hidden) → (B, L, hidden); the L positions follow those in `cache` and are added to it."""
         batch, length, _ = x.shape
-        heads = self.qkv_proj(x).reshape(batch, length, -1, self._head_dim).transpose(0, 2, 1, 3)
-        # Queries and keys lie side by side, so one call rotates both.
-        rotated_heads = self._num_heads + self._num_kv_heads
-        rotated = mx.fast.rope(
-            heads[:, :rotated_heads],
-            self._head_dim,
-            traditional=False,
-            base=self._rope_theta,
-            scale=1.0,
-            offset=cache.offset,
+        product, bias = product_and_bias(self.qkv_proj, x)
+        queries, keys, values = rotary_heads(
+            product, bias, cache.offset, self._num_heads, self._num_kv_heads, self._rope_theta
         )
-        queries = rotated[:, : self._num_heads]
-        keys, values = rotated[:, self._num_heads :], heads[:, rotated_heads:]
         out = cache.attend(queries, keys, values, self._head_dim**-0.5)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
@@ -63,7 +58,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        if isinstance(self.gate_up_proj, Linear) and isinstance(self.down_proj, Linear):
+            return swiglu_feed_forward(x, self.gate_up_proj.weight, self.down_proj.weight)
+        if isinstance(self.gate_up_proj, QuantizedLinear):
+            return self.down_proj(self.gate_up_proj.swiglu(x))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))  # calibration watches these layers
 
 
 class DecoderLayer(nn.Module):
@@ -75,8 +74,23 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, cache: Cache) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """(B, L, hidden) → (B, L, hidden), the layer by itself."""
+        x, change = self.parts(x, self.input_layernorm(x), cache)
+        return x + change
+
+    def parts(self, x: mx.array, normed: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
+        """The layer but for its last addition, which the next norm does in one pass.
+
+        Args:
+            x: (B, L, hidden).
+            normed: `input_layernorm` of x.
+            cache: extended by L positions.
+
+        Returns:
+            x with the attention added, and what the MLP adds to that.
+        """
+        x, normed = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cache))
+        return x, self.mlp(normed)
 
 
 class Qwen2(nn.Module):
@@ -100,9 +114,12 @@ class Qwen2(nn.Module):
     def hidden_states(self, inputs_embeds: mx.array, cache: list[Cache]) -> mx.array:
         """(B, L, hidden) embeddings → (B, L, hidden) normalized states, extending `cache` by L positions."""
         x = inputs_embeds.astype(self.norm.weight.dtype)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, layer_cache)
-        return self.norm(x)
+        normed = self.layers[0].input_layernorm(x)
+        next_norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+        for layer, layer_cache, next_norm in zip(self.layers, cache, next_norms, strict=True):
+            x, change = layer.parts(x, normed, layer_cache)
+            x, normed = next_norm.of_sum(x, change)
+        return normed
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """(..., hidden) → (..., vocab_size)."""

@@ -86,6 +86,7 @@ def main() -> None:
         (family, count(case, family))
         for family in FAMILIES
         for case in cases(random_config("0.5b"), 1024, PROMPT_TOKENS)
+        if not case.fused_op.tuned_only
     ]
     header = ["op", "shape", "family", "calls", "launches", "MB unique", "MB per group", "MFLOP"]
     print(format_table(header, [_row(family, result) for family, result in counted]))

@@ -4,6 +4,8 @@ from mlx_fastvlm.kernels.catalog import (
     ADD_RMS_NORM,
     DEPTHWISE_CONV,
     DEPTHWISE_PAIR,
+    LINEAR_EPILOGUE,
+    QUANTIZED_SWIGLU,
     ROTARY_HEADS,
     SELF_ATTENTION,
     SQUEEZE_EXCITE,
@@ -75,6 +77,33 @@ def _gates():
         yield Case(SWIGLU, kind, 1, (shape,))
 
 
+def _linears():
+    for kind, (rows, inputs, outputs) in {
+        "regular": (64, 64, 64),
+        "ragged": (70, 44, 76),
+        "tiny": (64, 8, 8),
+        "long": (129, 100, 36),
+    }.items():
+        for gelu in (True, False):
+            extra = (outputs,) if gelu else (rows, outputs)
+            label = f"{kind} {'gelu' if gelu else 'residual'}"
+            options = {"gelu": gelu, "residual": not gelu}
+            yield Case(
+                LINEAR_EPILOGUE, label, 1, ((rows, inputs), (outputs, inputs), (outputs,), extra), options=options
+            )
+
+
+def _quantized():
+    for kind, (rows, inputs, outputs, group_size, bits) in {
+        "regular": (1, 512, 64, 64, 4),
+        "ragged": (1, 576, 37, 32, 8),
+        "tiny": (1, 32, 1, 32, 4),
+        "batch": (3, 640, 21, 128, 8),
+    }.items():
+        options = {"group_size": group_size, "bits": bits}
+        yield Case(QUANTIZED_SWIGLU, kind, 1, ((rows, inputs), (2 * outputs, inputs)), options=options)
+
+
 CASES = [
     *(case for kind, shape in MAPS.items() for case in (*_convolutions(kind, shape), *_pairs(kind, shape))),
     *_squeezes(),
@@ -82,6 +111,8 @@ CASES = [
     *_norms(),
     *_heads(),
     *_gates(),
+    *_linears(),
+    *_quantized(),
 ]
 
 

@@ -1,18 +1,21 @@
 """Which version of an op runs: the mode, the chip, the launch table, and what happens to a kernel that fails."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.kernels import gpu, kernel_mode
+from mlx_fastvlm.kernels import add_rms_norm, gpu, kernel_mode, rotary_heads, squeeze_excite, swiglu
 from mlx_fastvlm.kernels.catalog import FUSED_OPS
 from mlx_fastvlm.kernels.chip import APPLE_FAMILIES, Chip, cores_in, this_chip
 from mlx_fastvlm.kernels.choice import KERNELS_VARIABLE, current_mode, kernels_allowed, reference_only
 from mlx_fastvlm.kernels.fused_op import random_array, without_kernel
 from mlx_fastvlm.kernels.launch_table import PLAIN, PREFERRED, default_launch
-from tests.fake_gpu import X, broken, evaluated, forget_everything, wrong
+from tests.fake_gpu import X, broken, evaluated, forget_everything, right, wrong
+from tests.kernel_shapes import CASES, case_name
 
 
 @pytest.mark.parametrize(
@@ -201,3 +204,69 @@ def test_the_check_may_happen_while_a_function_is_transformed(fake_gpu, transfor
     double = fake_gpu()
     assert mx.array_equal(transform(lambda x: double(x)[0])(X), X * 2)
     assert double.ran == [8, 8]
+
+
+def test_threads_that_meet_a_kernel_for_the_first_time_check_it_once(fake_gpu):
+    def slow(x):
+        time.sleep(0.02)
+        return right(x)
+
+    double = fake_gpu({8: slow})
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: double(X)[0].tolist(), range(8)))
+    assert found == [(X * 2).tolist()] * 8
+    assert double.ran == [8] * 9
+
+
+def test_no_choice_is_lost_while_another_thread_forgets_all(fake_gpu, monkeypatch):
+    monkeypatch.setattr("mlx_fastvlm.kernels.fused_op._MOST_CHOICES", 1)
+    double = fake_gpu()
+    with ThreadPoolExecutor(8) as pool:
+        rows = [1 + i % 3 for i in range(400)]
+        assert list(pool.map(lambda count: double(X[:count])[0].shape[0], rows)) == rows
+
+
+def test_plain_ops_on_a_gpu_may_round_float32_more(fake_gpu):
+    """MLX's products in TF32, its rope's cosine: the kernel is the one that is right."""
+    double = fake_gpu({8: lambda x: x * 2.002})
+    _, caught = evaluated(double, X)
+    assert double.ran == [8, 8] and not caught
+    forget_everything()
+    double = fake_gpu({8: lambda x: x * 2.02})
+    _, caught = evaluated(double, X)
+    assert double.ran == [8, "plain"] and len(caught) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_arrays_of_unlike_types_are_left_to_plain_ops(case):
+    """The body reads all by one type; the check before the first use, whose arrays are all of one, would not notice."""
+    arrays = case.arrays(mx.float16)
+    assert case.fused_op.launches(*arrays, **case.options)
+    floating = [index for index, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
+    for index in floating if len(floating) > 1 else ():
+        mixed = (*arrays[:index], arrays[index].astype(mx.float32), *arrays[index + 1 :])
+        assert case.fused_op.launches(*mixed, **case.options) == [], index
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_arrays_of_nothing_are_left_to_plain_ops(case):
+    first, *others = case.arrays(mx.float16)
+    assert case.fused_op.launches(first[:0], *others, **case.options) == []
+
+
+def test_more_rows_than_cudas_grids_have_are_left_to_plain_ops():
+    ops = {op.name: op for op in FUSED_OPS}
+    options = {"heads": 1, "kv_heads": 1, "base": 1e4}
+    for rows, fits in ((gpu.MOST_GROUPS, True), (gpu.MOST_GROUPS + 1, False)):
+        assert bool(ops["swiglu"].launches(mx.zeros((rows, 8)))) == fits
+        product, bias, offset = mx.zeros((1, rows, 24)), mx.zeros((24,)), mx.array([0])
+        assert bool(ops["rotary_heads"].launches(product, bias, offset, **options)) == fits
+
+
+def test_an_op_of_no_rows_has_none():
+    empty, wide = mx.zeros((2, 0, 8)), (mx.zeros((4, 8)), mx.zeros((4,)))
+    assert swiglu(empty).shape == (2, 0, 4)
+    assert [array.shape for array in add_rms_norm(empty, empty, mx.ones((8,)), 1e-6)] == [empty.shape] * 2
+    assert squeeze_excite(mx.zeros((0, 3, 3, 8)), wide, (mx.zeros((8, 4)), mx.zeros((8,)))).shape == (0, 3, 3, 8)
+    heads = rotary_heads(mx.zeros((1, 0, 24)), mx.zeros((24,)), 0, heads=1, kv_heads=1, base=1e4)
+    assert [array.shape for array in heads] == [(1, 1, 0, 8)] * 3

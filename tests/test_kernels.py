@@ -14,13 +14,18 @@ import pytest
 
 from mlx_fastvlm import blas
 from mlx_fastvlm.kernels import cpu, linear
+from mlx_fastvlm.kernels.causal_attention import causal_attention_cpu, causal_attention_reference
 from mlx_fastvlm.kernels.choice import KERNELS_VARIABLE
-from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv_cpu, depthwise_conv_reference
+from mlx_fastvlm.kernels.cpu_depthwise import depthwise_conv_cpu
+from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv_reference
 from mlx_fastvlm.kernels.feed_forward import feed_forward_cpu, feed_forward_reference
-from mlx_fastvlm.kernels.gelu import gelu_cpu, gelu_reference, linear_gelu_cpu
+from mlx_fastvlm.kernels.gelu import gelu_cpu, gelu_reference
 from mlx_fastvlm.kernels.linear import linear_cpu, linear_reference
+from mlx_fastvlm.kernels.quantized_linear import quantized_linear_cpu, quantized_linear_reference
 from mlx_fastvlm.kernels.self_attention import self_attention_cpu, self_attention_reference
+from mlx_fastvlm.kernels.stem_conv import stem_conv_cpu, stem_conv_reference
 from mlx_fastvlm.kernels.swiglu import swiglu_cpu, swiglu_reference
+from mlx_fastvlm.kernels.swiglu_feed_forward import swiglu_feed_forward_cpu, swiglu_feed_forward_reference
 from tests.tolerances import KERNELS, relative_error
 
 needs_cpu_extra = pytest.mark.skipif(cpu.missing() is not None, reason="install the extra 'cpu'")
@@ -44,13 +49,72 @@ def test_depthwise_conv(shape, kernel, stride, multiplier, gelu):
 
 
 @needs_cpu_extra
-@pytest.mark.parametrize("rows", [1, 3, 255, 256, 1000])
-def test_feed_forward_and_linear_gelu(rows):
-    x, residual = random(rows, 24), random(rows, 24, seed=1)
-    fc1, fc2 = (random(96, 24, seed=2), random(96, seed=3)), (random(24, 96, seed=4), random(24, seed=5))
+@pytest.mark.parametrize("shape", [(1, 64, 64, 3), (2, 34, 22, 3), (1, 2, 2, 5)], ids=str)
+def test_stem_conv(shape):
+    x, weight, bias = random(*shape), random(20, 3, 3, shape[-1], seed=1), random(20, seed=2)
+    assert relative_error(stem_conv_cpu(x, weight, bias), stem_conv_reference(x, weight, bias)) < KERNELS["float32"]
+
+
+def stored(dtype, *shape, seed):
+    """A weight in `dtype` whose products with normal numbers are of order one."""
+    return random(*shape, seed=seed, scale=shape[-1] ** -0.5).astype(getattr(mx, dtype))
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 16, 255, 1000])
+@pytest.mark.parametrize("channels, hidden", [(24, 96), (8, 300), (5, 7), (300, 40)])
+def test_feed_forward_and_linear(rows, channels, hidden, dtype):
+    x, residual = random(rows, channels), random(rows, channels, seed=1)
+    fc1 = stored(dtype, hidden, channels, seed=2), random(hidden, seed=3)
+    fc2 = stored(dtype, channels, hidden, seed=4), random(channels, seed=5)
     found = feed_forward_cpu(x, fc1, fc2, residual)
     assert relative_error(found, feed_forward_reference(x, fc1, fc2, residual)) < KERNELS["float32"]
-    assert relative_error(linear_gelu_cpu(x, *fc1), gelu_reference(x @ fc1[0].T + fc1[1])) < KERNELS["float32"]
+    plain = linear_reference(x, *fc1)
+    assert relative_error(linear_cpu(x, *fc1), plain) < KERNELS["float32"]
+    assert relative_error(linear_cpu(x, fc1[0]), linear_reference(x, fc1[0])) < KERNELS["float32"]
+    assert relative_error(linear_cpu(x, *fc1, gelu=True), gelu_reference(plain)) < KERNELS["float32"]
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 33, 600])
+@pytest.mark.parametrize("channels, hidden", [(24, 96), (5, 7), (40, 300)])
+def test_swiglu_feed_forward(rows, channels, hidden, dtype):
+    x = random(1, rows, channels)
+    gate_up, down = stored(dtype, 2 * hidden, channels, seed=1), stored(dtype, channels, hidden, seed=2)
+    found = swiglu_feed_forward_cpu(x, gate_up, down)
+    assert relative_error(found, swiglu_feed_forward_reference(x, gate_up, down)) < KERNELS["float32"]
+
+
+@needs_cpu_extra
+def test_a_weight_in_bfloat16_gives_what_the_same_numbers_in_float32_give():
+    x, weight = random(1, 40), stored("bfloat16", 300, 40, seed=1)
+    for rows in (x, mx.concatenate([x] * 20)):
+        assert np.array_equal(linear_cpu(rows, weight), linear_cpu(rows, weight.astype(mx.float32)))
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_quantized_linear(rows, group_size, bits):
+    x, packed = random(rows, 256), mx.quantize(stored("float32", 70, 256, seed=1), group_size, bits)
+    found = quantized_linear_cpu(x, *packed, bits)
+    wanted = quantized_linear_reference(x, *packed, group_size, bits, "affine")
+    assert relative_error(found, wanted) < KERNELS["float32"]
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize("length, positions", [(1, 1), (1, 300), (7, 7), (300, 300), (20, 600)])
+@pytest.mark.parametrize("batch, heads, kv_heads", [(1, 4, 2), (2, 3, 1)])
+def test_causal_attention(batch, heads, kv_heads, length, positions):
+    queries = random(batch, heads, length, 32)
+    # As a cache gives them: a part of longer arrays.
+    keys, values = (random(batch, kv_heads, positions + 9, 32, seed=seed)[..., :positions, :] for seed in (1, 2))
+    found = causal_attention_cpu(queries, keys, values, 32**-0.5)
+    wanted = causal_attention_reference(queries, keys, values, 32**-0.5)
+    assert relative_error(found, wanted) < KERNELS["float32"]
 
 
 @needs_cpu_extra
@@ -109,7 +173,7 @@ def test_large_arrays_take_the_fast_version_and_one_setting_turns_it_off(monkeyp
     linear(x, weight)
     assert len(calls) == 1
     linear(x.astype(mx.float16), weight.astype(mx.float16))
-    linear(x, weight[:8])
+    linear(x, weight[:4])
     monkeypatch.setenv(KERNELS_VARIABLE, "reference")
     linear(x, weight)
     assert len(calls) == 1

@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 # file → parts that it may import beyond its folder's
 MAY_IMPORT_TOO = {
-    "mlx_fastvlm/kernels/catalog.py": {"config"},  # the shapes in which a model calls the kernels
+    "mlx_fastvlm/kernels/catalog.py": {"config", "quantization"},  # the shapes in which a model calls the kernels
 }
 
 

@@ -5,13 +5,18 @@ import os
 import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_fastvlm import load
+from mlx_fastvlm.convert import convert
 from mlx_fastvlm.errors import CheckpointError, ConfigError, FastVLMError, HubError, OptionError
+from mlx_fastvlm.kernels import cpu, plain_ops
 from mlx_fastvlm.loading import cache_folder, resolve_model
 from tests.reference.adapters import factors, write_adapter
 from tests.reference.hub_checkpoint import write_hub_checkpoint
+from tests.tolerances import LOGITS, relative_error
 
 
 def test_a_local_checkpoint_is_converted_once_into_the_cache(hub_folder):
@@ -193,6 +198,43 @@ def test_a_newer_format_is_refused(converted_folder, tmp_path):
 def test_the_type_asked_for_is_the_type_computed_in(dtype, converted_folder):
     model, _ = load(converted_folder("inference"), dtype=dtype)
     assert model.dtype == getattr(mx, dtype)
+
+
+@pytest.fixture
+def every_model_is_large(monkeypatch):
+    """As for a model of hundreds of megabytes, the compiled loops are loaded."""
+    monkeypatch.setattr("mlx_fastvlm.loading.LARGE_MODEL_BYTES", 0)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="install the extra 'cpu'")
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_matrices_that_bfloat16_holds_stay_in_it_and_change_nothing(stored, hub_folder, tmp_path, every_model_is_large):
+    folder = convert(hub_folder("inference"), tmp_path / "model", dtype=stored)
+    model, _ = load(folder, dtype="float32")
+    with plain_ops():
+        plain, _ = load(folder, dtype="float32")
+    layer = model.language_model.layers[0]
+    # The checkpoint is bfloat16: its decoder is as it was, while folding made new numbers of the tower's.
+    assert layer.mlp.down_proj.weight.dtype == model.language_model.embed_tokens.weight.dtype == mx.bfloat16
+    assert layer.self_attn.qkv_proj.bias.dtype == model.dtype == mx.float32
+    assert plain.language_model.layers[0].mlp.down_proj.weight.dtype == mx.float32
+    kept = dict(tree_flatten(model.parameters()))
+    for name, weight in tree_flatten(plain.parameters()):
+        assert np.array_equal(kept[name].astype(mx.float32), weight), name
+    ids = [1, 5, 9, 3]
+    assert relative_error(model(ids), plain(ids)) < LOGITS["float32"]
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="install the extra 'cpu'")
+def test_matrices_that_bfloat16_does_not_hold_are_not_rounded(hub_folder, tmp_path, every_model_is_large):
+    folder = convert(hub_folder("inference"), tmp_path / "model", dtype="float16")
+    weights = mx.load(str(folder / "model.safetensors"))
+    name = "language_model.layers.0.mlp.down_proj.weight"
+    weights = {key: array.astype(mx.float32) for key, array in weights.items()}
+    weights[name][-1, -1] = 1 + 2**-20
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    model, _ = load(folder, dtype="float32")
+    assert model.language_model.layers[0].mlp.down_proj.weight[-1, -1].item() == 1 + 2**-20
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

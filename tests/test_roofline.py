@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_fastvlm.benchmarks import roofline
 from mlx_fastvlm.benchmarks.apple_chips import CHIPS, Figure, chip_named
 from mlx_fastvlm.benchmarks.command import BenchmarkError
+from mlx_fastvlm.benchmarks.docs_page import fill
 from mlx_fastvlm.benchmarks.layer_work import (
     FUSED,
     MLX_VLM,
@@ -33,7 +34,6 @@ from mlx_fastvlm.benchmarks.performance_model import (
 )
 from mlx_fastvlm.benchmarks.published_points import POINTS
 from mlx_fastvlm.benchmarks.random_model import SIZES, random_config
-from mlx_fastvlm.benchmarks.roofline_docs import fill_docs
 from mlx_fastvlm.fastvithd import FastViTHD
 from mlx_fastvlm.kernels import plain_ops
 from mlx_fastvlm.qwen2 import Qwen2
@@ -125,7 +125,7 @@ def test_a_launch_waits_for_the_slowest_of_three_and_for_its_start():
         {"memory": 1, "compute": 2, "on-core": 0, "launch": 2 * LAUNCH_SECONDS}, abs=1e-12
     )
     assert prediction.seconds == pytest.approx(3 + 2 * LAUNCH_SECONDS)
-    assert prediction.bound == "compute" and prediction.launches == 2
+    assert prediction.launches == 2
     assert sum(prediction.share(bound) for bound in BOUNDS) == pytest.approx(1)
     on_core = Launch("convolution", device_bytes=1, on_core_bytes=M2.flops.value * COMPUTE_SHARE / 4)
     assert predict([on_core], M2).waits["on-core"] == pytest.approx(1)
@@ -206,17 +206,20 @@ def test_the_fit_hits_its_point_and_the_other_points_lie_where_the_page_says():
 
 def test_the_pages_tables_are_the_models():
     page = (ROOT / "docs" / "performance-model.md").read_text(encoding="utf-8")
-    assert fill_docs(page, roofline.docs_tables()) == page
+    assert fill(page, roofline.docs_blocks()) == page
     with pytest.raises(BenchmarkError, match="begin points"):
-        fill_docs(page.replace("<!-- begin points -->", ""), roofline.docs_tables())
+        fill(page.replace("<!-- begin points -->", ""), roofline.docs_blocks())
 
 
 def test_command_calls_itself_a_prediction_everywhere(capsys):
     roofline.main(["--chip", "m4 max", "--model", "1.5b", "--resolution", "512"])
     *text, last = capsys.readouterr().out.strip().splitlines()
     result = json.loads(last)
-    assert result["model"] == "prediction" and result["size"] == "1.5b" and list(result["chips"]) == ["M4 Max"]
-    assert any("PREDICTED by a model, not measured: FastVLM-1.5B, 512 pixels" in line for line in text)
+    assert result["predicted"] is True and result["note"].startswith("PREDICTED by a model, not measured")
+    assert result["model"] == "1.5b" and list(result["chips"]) == ["M4 Max"]
+    tables = "\n".join(text).split("\n\n")[1:]
+    assert tables[0].startswith("PREDICTED by a model, not measured") and "FastVLM-1.5B, 512 pixels" in tables[0]
+    assert "M4 Max, PREDICTED by a model, not measured" in tables
     stages = result["chips"]["M4 Max"]["stages"]
     assert sum(stage["fused_s"] for stage in stages.values()) == pytest.approx(
         result["chips"]["M4 Max"]["first_token_s"]["fused"]

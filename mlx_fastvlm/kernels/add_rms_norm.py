@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
-from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
+from mlx_fastvlm.kernels.gpu import GpuKernel, as_rows, vector_loads
 
 KERNEL = GpuKernel(
     name="add_rms_norm",
@@ -64,8 +64,7 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     Returns:
         The sum and the sum normalized, each (..., C).
     """
-    rows = (-1, x.shape[-1])
-    fused = OP.run(x.reshape(rows), residual.reshape(rows), weight, eps=eps)
+    fused = OP.run(as_rows(x), as_rows(residual), weight, eps=eps)
     if fused is not None:
         return fused[0].reshape(x.shape), fused[1].reshape(x.shape)
     return add_rms_norm_reference(x, residual, weight, eps)

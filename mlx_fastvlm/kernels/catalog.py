@@ -19,6 +19,10 @@ from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv
 from mlx_fastvlm.kernels.depthwise_pair import OP as DEPTHWISE_PAIR
 from mlx_fastvlm.kernels.depthwise_pair import depthwise_pair
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
+from mlx_fastvlm.kernels.linear_epilogue import OP as LINEAR_EPILOGUE
+from mlx_fastvlm.kernels.linear_epilogue import linear_add, linear_gelu
+from mlx_fastvlm.kernels.quantized_swiglu import OP as QUANTIZED_SWIGLU
+from mlx_fastvlm.kernels.quantized_swiglu import quantized_swiglu
 from mlx_fastvlm.kernels.rotary_heads import OP as ROTARY_HEADS
 from mlx_fastvlm.kernels.rotary_heads import rotary_heads
 from mlx_fastvlm.kernels.self_attention import OP as SELF_ATTENTION
@@ -27,6 +31,7 @@ from mlx_fastvlm.kernels.squeeze_excite import OP as SQUEEZE_EXCITE
 from mlx_fastvlm.kernels.squeeze_excite import SQUEEZE_RATIO, squeeze_excite
 from mlx_fastvlm.kernels.swiglu import OP as SWIGLU
 from mlx_fastvlm.kernels.swiglu import swiglu
+from mlx_fastvlm.quantization import Storage
 
 Shape = tuple[int, ...]
 
@@ -35,13 +40,18 @@ _DISPATCH: dict[str, Callable[..., tuple[mx.array, ...]]] = {
     "add_rms_norm": add_rms_norm,
     "depthwise_conv": lambda *arrays, **options: (depthwise_conv(*arrays, **options),),
     "depthwise_pair": lambda x, w3, b3, w7, b7: depthwise_pair(x, (w3, b3), (w7, b7)),
+    "linear_epilogue": lambda x, weight, bias, extra, gelu, residual: (
+        linear_gelu(x, weight, bias) if gelu else linear_add(x, weight, bias, extra),
+    ),
+    "quantized_swiglu": lambda *arrays, **options: (quantized_swiglu(*arrays, **options, mode="affine"),),
     "rotary_heads": lambda product, bias, offset, **options: rotary_heads(product, bias, offset.item(), **options),
     "self_attention": lambda qkv, head_dim: (self_attention(qkv, head_dim),),
     "squeeze_excite": lambda x, w1, b1, w2, b2: (squeeze_excite(x[:, None], (w1, b1), (w2, b2))[:, 0],),
     "swiglu": lambda gate_up: (swiglu(gate_up),),
 }
 FUSED_OPS = (
-    DEPTHWISE_CONV, DEPTHWISE_PAIR, SELF_ATTENTION, SQUEEZE_EXCITE, ADD_RMS_NORM, ROTARY_HEADS, SWIGLU,
+    DEPTHWISE_CONV, DEPTHWISE_PAIR, SELF_ATTENTION, SQUEEZE_EXCITE, LINEAR_EPILOGUE,
+    ADD_RMS_NORM, ROTARY_HEADS, SWIGLU, QUANTIZED_SWIGLU,
 )  # fmt: skip
 
 
@@ -92,10 +102,12 @@ class Case:
 def cases(config: FastVLMConfig, resolution: int, prompt_tokens: int) -> list[Case]:
     """All ops of one encode at `resolution` pixels, one prefill of `prompt_tokens` and one decode step."""
     text = config.text_config
+    quantization = config.quantization
+    gate_up = None if quantization is None else quantization.storage("language_model.layers.0.mlp.gate_up_proj")
     return [
         *tower_cases(config.vision_config, resolution),
         *decoder_cases(text, prompt_tokens, offset=0),
-        *decoder_cases(text, 1, offset=prompt_tokens),
+        *decoder_cases(text, 1, offset=prompt_tokens, gate_up=gate_up),
     ]
 
 
@@ -115,6 +127,7 @@ def tower_cases(vision: VisionConfig, resolution: int) -> Iterator[Case]:
         if stage:
             yield _conv(dims[stage - 1], side, 7, count=1, stride=2, gelu=True, multiplier=channels // dims[stage - 1])
             side //= 2
+        yield _linear(side**2, channels, channels, count=1)
         map_shape = (1, side, side, channels)
         if stage < 3:
             shapes = (map_shape, (channels, 3, 3, 1), (channels,), (channels, 7, 7, 1), (channels,))
@@ -124,6 +137,9 @@ def tower_cases(vision: VisionConfig, resolution: int) -> Iterator[Case]:
             qkv = (1, side**2, 3 * channels)
             label = f"{side**2} tokens, {channels // vision.head_dim} heads"
             yield Case(SELF_ATTENTION, label, depth, (qkv,), options={"head_dim": vision.head_dim})
+        hidden = channels * vision.mlp_ratios[stage]
+        yield _linear(side**2, channels, hidden, count=depth)
+        yield _linear(side**2, hidden, channels, count=depth, residual=True)
     wide = vision.hidden_size
     yield _conv(dims[-1], side, 3, count=1, multiplier=wide // dims[-1])
     squeezed = int(wide * SQUEEZE_RATIO)
@@ -131,8 +147,8 @@ def tower_cases(vision: VisionConfig, resolution: int) -> Iterator[Case]:
     yield Case(SQUEEZE_EXCITE, _size(side, side, wide), 1, shapes)
 
 
-def decoder_cases(text: TextConfig, tokens: int, offset: int) -> Iterator[Case]:
-    """The decoder's ops for `tokens` positions from `offset` on."""
+def decoder_cases(text: TextConfig, tokens: int, offset: int, gate_up: Storage | None = None) -> Iterator[Case]:
+    """The decoder's ops for `tokens` positions from `offset` on; `gate_up` is how that projection is quantized, if it is."""
     width, layers = text.hidden_size, text.num_hidden_layers
     row = (tokens, width)
     yield Case(ADD_RMS_NORM, _size(*row), 2 * layers, (row, row, (width,)), options={"eps": text.rms_norm_eps})
@@ -140,8 +156,18 @@ def decoder_cases(text: TextConfig, tokens: int, offset: int) -> Iterator[Case]:
     joint = (heads + 2 * kv_heads) * text.head_dim
     options = {"heads": heads, "kv_heads": kv_heads, "base": text.rope_theta}
     yield Case(ROTARY_HEADS, _size(tokens, joint), layers, ((1, tokens, joint), (joint,)), offset, options)
-    gate_up = (tokens, 2 * text.intermediate_size)
-    yield Case(SWIGLU, _size(*gate_up), layers, (gate_up,))
+    stacked = 2 * text.intermediate_size
+    yield Case(SWIGLU, _size(tokens, stacked), layers, ((tokens, stacked),))
+    if gate_up is not None and gate_up.mode == "affine":
+        options = {"group_size": gate_up.group_size, "bits": gate_up.bits}
+        label = f"{_size(tokens, width)} to {stacked}, {gate_up.bits} bits"
+        yield Case(QUANTIZED_SWIGLU, label, layers, ((tokens, width), (stacked, width)), options=options)
+
+
+def _linear(rows: int, inputs: int, outputs: int, count: int, residual: bool = False) -> Case:
+    shapes = ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs) if residual else (outputs,))
+    label = f"{_size(rows, inputs)} to {outputs}, {'residual' if residual else 'GELU'}"
+    return Case(LINEAR_EPILOGUE, label, count, shapes, options={"gelu": not residual, "residual": residual})
 
 
 def _conv(

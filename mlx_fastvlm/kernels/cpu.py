@@ -1,8 +1,8 @@
 """The Linux CPU's fast path: where it is taken, and how work is spread over cores.
 
 MLX's Linux CPU backend runs elementwise ops on one thread (erf 30-45 ns an element, exp 20) and depthwise convolutions
-as a plain loop. Here work is cut into blocks of rows, one thread per core; a block's matrix products go to OpenBLAS
-(single-threaded: the blocks are the parallelism) and what follows is done while the block is in cache.
+as a plain loop. Here work is cut into blocks of rows, one thread per core, and compiled loops take a block from the op's
+input to its output while it is in cache. Their numbers are float32; matrices may be stored in bfloat16.
 
 Every op evaluates its inputs first and writes its output through a NumPy view of a fresh MLX buffer, without a copy.
 So none can be used inside mx.compile or mx.grad, and each op's dispatcher asks `suits` first.
@@ -10,7 +10,9 @@ So none can be used inside mx.compile or mx.grad, and each op's dispatcher asks 
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -21,14 +23,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fastvlm import blas
-from mlx_fastvlm.kernels.choice import reference_only
+from mlx_fastvlm.kernels.choice import kernels_allowed
 
-ROWS = 256  # rows per block: large enough for OpenBLAS to pack the weight cheaply, small enough to stay in L2/L3
+ROWS = 256  # rows per block: enough to read a weight seldom, few enough to stay in L2 and L3
 # Below this, starting numba (0.5 s in a new process) costs more than plain ops: small models never load it.
 MIN_ELEMENTS = 2**20
+_MIN_ELEMENTS_LATER = 2**13  # once it is there, a call costs less than plain ops on so many
 
-_ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
-_one_op_at_a_time = threading.Lock()  # OpenBLAS's number of threads is the process's: see `in_blocks`
+_COPIED_ELEMENTS = 2**16  # up to here a copy takes less time than to have MLX make an array
+_one_thread_in_blas = threading.Lock()  # its number of threads is the process's: one op at a time may change it
 
 
 @functools.cache
@@ -47,12 +50,17 @@ def missing() -> str | None:
 def suits(x: mx.array, elements: int) -> bool:
     """Whether an op on `x` that touches this many elements should run here rather than as plain MLX ops."""
     return (
-        elements >= MIN_ELEMENTS
+        elements >= (_MIN_ELEMENTS_LATER if loops.cache_info().currsize else MIN_ELEMENTS)
         and x.dtype == mx.float32
         and mx.default_device().type == mx.DeviceType.cpu
-        and not reference_only()
+        and kernels_allowed()
         and missing() is None
     )
+
+
+def kept_narrow(x: mx.array, weight: mx.array) -> bool:
+    """Whether an op on `x` meets a bfloat16 weight that was kept for the loops here; only large models have such."""
+    return x.dtype != weight.dtype == mx.bfloat16 and suits(x, MIN_ELEMENTS)
 
 
 @functools.cache
@@ -63,26 +71,89 @@ def loops() -> ModuleType:
     return cpu_loops
 
 
-def warm_up() -> None:
-    """Load (or, once per installation, compile) all loops now, so that the first image does not wait for them."""
+@functools.cache
+def panels() -> ModuleType:
+    """The compiled Linear layers on many rows, likewise."""
+    from mlx_fastvlm.kernels import cpu_panels
+
+    return cpu_panels
+
+
+@functools.cache
+def attention_loops() -> ModuleType:
+    """The compiled attention, likewise."""
+    from mlx_fastvlm.kernels import cpu_attention_loops
+
+    return cpu_attention_loops
+
+
+@functools.cache
+def depthwise_loops() -> ModuleType:
+    """The compiled depthwise convolution, likewise."""
+    from mlx_fastvlm.kernels import cpu_depthwise_loops
+
+    return cpu_depthwise_loops
+
+
+@functools.cache
+def quantized_loops() -> ModuleType:
+    """The compiled loops over quantized weights, likewise."""
+    from mlx_fastvlm.kernels import cpu_quantized_loops
+
+    return cpu_quantized_loops
+
+
+def warm_up(quantized: bool) -> None:
+    """Load (or, once per installation, compile) the loops now, so that the first image does not wait for them.
+
+    Args:
+        quantized: whether weights are, which takes loops of its own.
+    """
     if missing() is not None:
         return
     ones = np.ones((2, 2), np.float32)
     loops().bias_gelu(ones.copy(), ones[0])
-    loops().add_bias(ones, ones[0], ones.copy())
     loops().silu_mul(np.ones((2, 4), np.float32), ones.copy())
-    loops().softmax(ones.copy(), np.float32(1))
-    image = np.ones((1, 3, 3, 2), np.float32)
-    for out in (np.empty((3, 3, 2), np.float32), np.empty((3, 3, 4), np.float32)[:, :, ::2]):
-        loops().depthwise_rows(image[0], image[0, :, :, :], ones[0], out, 1, 0, 3, True)
+    attention_loops()
+    image = np.ones((2, 2, 2), np.float32)
+    depthwise_loops().depthwise_rows(image, image, ones[0], image.copy(), 0, 1, 0, 2, False)
+    for matrix in (ones, np.ones((2, 2), np.uint16)):
+        loops().matvec(matrix, ones[0], ones[1])
+        panels().linear_rows(ones, matrix, ones[0], ones.copy(), 0, 2, True)
+        panels().feed_forward_rows(ones, matrix, ones[0], matrix, ones[0], ones, ones.copy(), 0, 2)
+        panels().swiglu_rows(ones, np.concatenate([matrix, matrix]), matrix, ones.copy(), 0, 2)
+    if quantized:
+        packed, group = np.ones((1, 1, 32), np.uint8), np.ones((1, 1), np.float32)
+        quantized_loops().matvec(packed, group, group, np.ones((1, 32), np.float32), group[0], 8, group[0].copy())
+        quantized_loops().unpack(packed, group, group, 8, np.ones((1, 1, 32, 1), np.float32))
 
 
-def in_blocks(block: Callable[[int, int], None], total: int, step: int) -> None:
-    """Call block(start, stop) over range(total) on all cores: steps of `step`, shorter where cores would stand idle."""
-    step = max(1, min(step, -(-total // _cores())))
-    with _one_op_at_a_time, blas.one_thread():
-        # list() waits for all, and raises what a block raised.
-        list(_pool().map(lambda start: block(start, min(total, start + step)), range(0, total, step)))
+def in_blocks(block: Callable[[int, int], None], total: int, step: int, unit: int = 1) -> None:
+    """Call block(start, stop) over range(total) on all cores: in steps of at most `step`, in whole units, as many a core."""
+    rounds = -(-total // (_cores() * step))
+    step = -(-total // (_cores() * rounds * unit)) * unit
+    starts = iter(range(0, total, step))
+
+    def work() -> None:
+        for start in starts:  # one iterator for all threads: who is free takes the next block
+            block(start, min(total, start + step))
+
+    helpers = [_pool().submit(work) for _ in range(min(_cores(), -(-total // step)) - 1)]
+    work()  # here too, rather than wait for another thread to wake
+    for helper in helpers:
+        helper.result()
+
+
+def filled(shape: tuple[int, ...], write: Callable[[np.ndarray], None], *inputs: mx.array) -> mx.array:
+    """A float32 array that `write` fills, given it as a matrix (rows, C), once `inputs` are evaluated."""
+    if math.prod(shape) > _COPIED_ELEMENTS:
+        out = output(shape, *inputs)
+        write(rows(out))
+        return out
+    mx.eval(*inputs)
+    matrix = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
+    write(matrix)
+    return mx.array(matrix.reshape(shape))
 
 
 def output(shape: tuple[int, ...], *inputs: mx.array) -> mx.array:
@@ -102,35 +173,30 @@ def rows(x: mx.array) -> np.ndarray:
     return view(x).reshape(-1, x.shape[-1])
 
 
-def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """out = a @ b. Rows may lie apart in memory, elements of a row not; the same holds below."""
-    _sgemm(_NO_TRANS, a, b, out, 0.0)
+def weight(stored: mx.array) -> np.ndarray:
+    """A weight in memory, float32 or, for lack of a NumPy bfloat16, the bits of bfloat16 as uint16; without a copy."""
+    if stored.dtype != mx.bfloat16:
+        return view(stored)
+    return np.frombuffer(memoryview(stored), np.uint16).reshape(stored.shape)
 
 
-def matmul_t(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
-    """out = a @ b.T, or out += a @ b.T with `add`."""
-    _sgemm(_TRANS, a, b, out, 1.0 if add else 0.0)
+def attend(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, out: np.ndarray, scale: float, causal: bool
+) -> None:
+    """out = softmax(scale · q kᵀ) v on all cores: queries, out (B, heads, L, D), keys, values (B, its heads, N, D).
 
-
-def matvec(matrix: np.ndarray, vector: np.ndarray, out: np.ndarray) -> None:
-    """out = matrix @ vector, reading the matrix once (sgemm would pack all of it first)."""
-    blas.openblas().scipy_cblas_sgemv(
-        _ROW_MAJOR, _NO_TRANS, *matrix.shape, 1.0, matrix.ctypes.data, matrix.shape[1],
-        vector.ctypes.data, 1, 0.0, out.ctypes.data, 1,
-    )  # fmt: skip
-
-
-def _sgemm(transpose_b: int, a: np.ndarray, b: np.ndarray, out: np.ndarray, beta: float) -> None:
-    lda, ldb, ldc = (matrix.strides[0] // matrix.itemsize for matrix in (a, b, out))
-    blas.openblas().scipy_cblas_sgemm(
-        _ROW_MAJOR, _NO_TRANS, transpose_b, *out.shape, a.shape[1],
-        1.0, a.ctypes.data, lda, b.ctypes.data, ldb, beta, out.ctypes.data, ldc,
-    )  # fmt: skip
+    Numbers of a row lie side by side. With `causal` the queries are the last L of N positions and see none after them.
+    """
+    sgemm = ctypes.cast(blas.openblas().scipy_cblas_sgemm, ctypes.c_void_p).value
+    arguments = sgemm, queries, keys, values, out, np.float32(scale), causal
+    blocks = queries.shape[0] * queries.shape[1] * -(-queries.shape[2] // attention_loops().QUERIES)
+    with _one_thread_in_blas, blas.one_thread():
+        in_blocks(lambda start, stop: attention_loops().attend(*arguments, start, stop), blocks, blocks)
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_cores(), thread_name_prefix="mlx_fastvlm")
+    return ThreadPoolExecutor(max(1, _cores() - 1), thread_name_prefix="mlx_fastvlm")
 
 
 def _cores() -> int:

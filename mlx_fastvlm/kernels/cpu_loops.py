@@ -5,15 +5,16 @@ Each runs on the calling thread without the GIL; cpu.py spreads them over thread
 """
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 # Not the whole of fastmath: infinities and NaN must survive, so that a broken checkpoint still shows itself.
-_JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 f32 = np.float32
 
 
-@njit(inline="always", **_JIT)
-def _gelu(x):
+@njit(inline="always", **JIT)
+def gelu_of(x):
     """x * (1 + erf(x / sqrt 2)) / 2; erf as the rational minimax of Eigen's `generic_fast_erf_float`, 5e-7 absolute."""
     z = min(max(x * f32(0.7071067811865476), f32(-3.832506856900711)), f32(3.832506856900711))
     t = z * z
@@ -33,9 +34,9 @@ def _gelu(x):
     return half + half * (z * p / q)
 
 
-@njit(inline="always", **_JIT)
-def _exp_parts(x):
-    """Splits exp(x), x <= 0, into 2**f (a degree-6 polynomial) and the bits of the float 2**k: no libm, so it vectorizes."""
+@njit(inline="always", **JIT)
+def exp_of(x):
+    """exp(x) for x <= 0: 2**f, a degree-6 polynomial, times the float 2**k made of its bits. No libm: it vectorizes."""
     t = max(x * f32(1.4426950408889634), f32(-126))
     k = np.floor(t + f32(0.5))
     f = t - k
@@ -46,88 +47,73 @@ def _exp_parts(x):
     p = p * f + f32(2.402265069591007e-1)
     p = p * f + f32(6.931471805599453e-1)
     p = p * f + f32(1)
-    return p, (np.int32(k) + np.int32(127)) << np.int32(23)
+    return p * np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(**_JIT)
+@njit(inline="always", **JIT)
+def silu_of(x):
+    """x / (1 + exp(-x)), which must not overflow."""
+    e = exp_of(-abs(x))
+    s = f32(1) / (f32(1) + e)
+    return x * (s if x >= f32(0) else e * s)
+
+
+def to_float32(stored):
+    """A stored weight as float32: itself, or from the bits of a bfloat16, which are a float32's upper half."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(to_float32, inline="always")
+def _to_float32(stored):
+    if stored == types.float32:
+        return lambda stored: stored
+    return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+
+
+@njit(**JIT)
 def bias_gelu(x, bias):
     """x[r] = gelu(x[r] + bias), in place. x (rows, C), bias (C,)."""
     for r in range(x.shape[0]):
         for c in range(x.shape[1]):
-            x[r, c] = _gelu(x[r, c] + bias[c])
+            x[r, c] = gelu_of(x[r, c] + bias[c])
 
 
-@njit(**_JIT)
-def add_bias(x, bias, out):
-    """out[r] = x[r] + bias. x, out (rows, C), may be the same array; bias (C,)."""
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            out[r, c] = x[r, c] + bias[c]
-
-
-@njit(**_JIT)
+@njit(**JIT)
 def silu_mul(gate_up, out):
     """out = silu(gate) * up. gate_up (rows, 2C): gate in the first half of a row, up in the second; out (rows, C)."""
     n = out.shape[1]
-    bits = np.empty(n, np.int32)
-    pow2 = bits.view(np.float32)
     for r in range(out.shape[0]):
         for c in range(n):
-            out[r, c], bits[c] = _exp_parts(-abs(gate_up[r, c]))
-        for c in range(n):
-            g = gate_up[r, c]
-            e = out[r, c] * pow2[c]
-            s = f32(1) / (f32(1) + e)
-            out[r, c] = g * (s if g >= f32(0) else e * s) * gate_up[r, n + c]
+            out[r, c] = silu_of(gate_up[r, c]) * gate_up[r, n + c]
 
 
-@njit(**_JIT)
-def softmax(x, scale):
-    """Each row becomes softmax(scale * row), in place. x (rows, keys)."""
-    n = x.shape[1]
-    bits = np.empty(n, np.int32)
-    pow2 = bits.view(np.float32)
+@njit(**JIT)
+def softmax(x, scale, seen):
+    """Each row becomes softmax(scale * row), in place. x (rows, keys).
+
+    Row r sees the first `seen` + r keys, or all if there are not as many; the others get zero.
+    """
     for r in range(x.shape[0]):
-        row = x[r]
+        n = min(x.shape[1], seen + r)
+        x[r, n:] = f32(0)
+        row = x[r, :n]
         top = row[0]
         for c in range(n):
             top = max(top, row[c])
-        for c in range(n):
-            row[c], bits[c] = _exp_parts((row[c] - top) * scale)
         total = f32(0)
         for c in range(n):
-            row[c] *= pow2[c]
+            row[c] = exp_of((row[c] - top) * scale)
             total += row[c]
         inverse = f32(1) / total
         for c in range(n):
             row[c] *= inverse
 
 
-@njit(**_JIT)
-def depthwise_rows(x, weight, bias, out, stride, start, stop, gelu):
-    """Output rows [start, stop) of a depthwise convolution with zero padding K // 2.
-
-    x (H, W, C), weight (K, K, C), bias (C,), out (H', W', C), which may be a strided view.
-    """
-    height, width, channels = x.shape
-    kernel = weight.shape[0]
-    # A whole output row is summed tap by tap: the innermost loop is over contiguous channels, which is what vectorizes.
-    row = np.empty((out.shape[1], channels), np.float32)
-    for h in range(start, stop):
-        for o in range(row.shape[0]):
-            row[o] = bias
-        for i in range(kernel):
-            y = h * stride + i - kernel // 2
-            if y < 0 or y >= height:
-                continue
-            for o in range(row.shape[0]):
-                acc = row[o]
-                left = o * stride - kernel // 2
-                for j in range(max(0, -left), min(kernel, width - left)):
-                    src = x[y, left + j]
-                    tap = weight[i, j]
-                    for c in range(channels):
-                        acc[c] += src[c] * tap[c]
-        for o in range(row.shape[0]):
-            for c in range(channels):
-                out[h, o, c] = _gelu(row[o, c]) if gelu else row[o, c]
+@njit(**JIT)
+def matvec(matrix, vector, out):
+    """out = matrix @ vector. matrix (rows, C), float32 or bits of bfloat16."""
+    for r in range(matrix.shape[0]):
+        total = f32(0)
+        for c in range(matrix.shape[1]):
+            total += to_float32(matrix[r, c]) * vector[c]
+        out[r] = total

@@ -8,15 +8,14 @@ memory first; without, rows are read through the cache. Two outputs per channel 
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.kernels.cpu_depthwise import depthwise_conv_cpu
 from mlx_fastvlm.kernels.derived import once_per_array
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
 from mlx_fastvlm.kernels.gelu import fused_gelu, gelu_reference
 from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
 
-_ROWS_PER_BLOCK = 8  # output rows; their input rows stay in L2
 _THREADGROUP_BYTES = 32768
 
 KERNEL = GpuKernel(
@@ -155,29 +154,6 @@ def depthwise_conv_cuda(
     return _launch(KERNEL.cuda, x, weight, bias, launch, stride, gelu)
 
 
-def depthwise_conv_cpu(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1, gelu: bool = False) -> mx.array:
-    """`depthwise_conv` by compiled loops over output rows, on all cores."""
-    batch, height, width, channels = x.shape
-    kernel, multiplier = weight.shape[1], weight.shape[0] // channels
-    out = cpu.output((batch, -(-height // stride), -(-width // stride), weight.shape[0]), x)
-    source, target = cpu.view(x), np.asarray(out)
-    taps = cpu.view(weight).reshape(-1, kernel, kernel).transpose(1, 2, 0)
-    offsets = cpu.view(bias)
-    for image in range(batch):
-        for m in range(multiplier):
-            # For a fixed m the outputs m, m + multiplier, ... read the inputs 0, 1, ...: a plain depthwise convolution.
-            part_taps, part_offsets = (np.ascontiguousarray(part[..., m::multiplier]) for part in (taps, offsets))
-            part_target = target[image, :, :, m::multiplier]
-
-            def block(
-                start: int, stop: int, image=image, taps=part_taps, offsets=part_offsets, target=part_target
-            ) -> None:
-                cpu.loops().depthwise_rows(source[image], taps, offsets, target, stride, start, stop, gelu)
-
-            cpu.in_blocks(block, target.shape[1], _ROWS_PER_BLOCK)
-    return out
-
-
 def depthwise_conv_reference(
     x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1, gelu: bool = False
 ) -> mx.array:
@@ -195,7 +171,7 @@ def taps_of(weight: mx.array) -> mx.array:
 def launches(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1, gelu: bool = False) -> list[Launch]:
     """Launch shapes: lanes of four channels, column tiles and rows a threadgroup, outputs a thread, staged or not."""
     multiplier = weight.shape[0] // x.shape[-1]
-    if multiplier not in (1, 2) or not vector_loads(x, bias):
+    if multiplier not in (1, 2) or weight.dtype != x.dtype or not vector_loads(x, bias):
         return []
     kernel = weight.shape[1]
     shapes = []

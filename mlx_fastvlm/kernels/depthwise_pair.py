@@ -166,7 +166,8 @@ def depthwise_pair_reference(
 
 def launches(x: mx.array, weight3: mx.array, bias3: mx.array, weight7: mx.array, bias7: mx.array) -> list[Launch]:
     """Launch shapes: lanes of four channels, column tiles of `width` outputs, rows of the tile, rows of threads."""
-    if weight3.shape[1] != 3 or weight7.shape[1] != 7 or not vector_loads(x, bias3, bias7):
+    fits = (weight3.shape[1], weight7.shape[1]) == (3, 7) and weight3.dtype == weight7.dtype == x.dtype
+    if not fits or not vector_loads(x, bias3, bias7):
         return []
     shapes = []
     for lanes, tiles, width, height, rows in (

@@ -1,4 +1,4 @@
-"""Exact (erf) GELU, alone and behind a Linear layer."""
+"""Exact (erf) GELU, elementwise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,6 @@ def gelu(x: mx.array) -> mx.array:
     return fused_gelu(x)
 
 
-def linear_gelu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """GELU of a Linear layer: x (..., C), weight (O, C), bias (O,) → (..., O)."""
-    if cpu.suits(x, x.size // weight.shape[1] * weight.shape[0]):
-        return linear_gelu_cpu(x, weight, bias)
-    return fused_gelu(mx.addmm(bias, x, weight.T))
-
-
 def gelu_cpu(x: mx.array) -> mx.array:
     """`gelu` by a compiled loop, on all cores."""
     out = cpu.output(x.shape, x)
@@ -34,19 +27,6 @@ def gelu_cpu(x: mx.array) -> mx.array:
     def block(start: int, stop: int) -> None:
         target[start:stop] = source[start:stop]
         cpu.loops().bias_gelu(target[start:stop], no_bias)
-
-    cpu.in_blocks(block, len(source), 4 * cpu.ROWS)
-    return out
-
-
-def linear_gelu_cpu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """`linear_gelu` block by block, the GELU while a block is in cache."""
-    out = cpu.output((*x.shape[:-1], weight.shape[0]), x)
-    source, target, matrix, offsets = cpu.rows(x), cpu.rows(out), cpu.view(weight), cpu.view(bias)
-
-    def block(start: int, stop: int) -> None:
-        cpu.matmul_t(source[start:stop], matrix, target[start:stop])
-        cpu.loops().bias_gelu(target[start:stop], offsets)
 
     cpu.in_blocks(block, len(source), cpu.ROWS)
     return out

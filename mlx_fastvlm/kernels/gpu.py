@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_fastvlm.kernels.cuda_dialect import CUDA_DIALECT
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+MOST_GROUPS = 65535  # of a launch along y and z: CUDA's limit
 Template = dict[str, int | bool | mx.Dtype]
 Size = tuple[int, int, int]
 
@@ -90,6 +91,11 @@ def vector_loads(*arrays: mx.array) -> bool:
     """
     dtype = arrays[0].dtype
     return dtype in DTYPES and all(a.dtype == dtype and a.shape[-1] % 4 == 0 and a.size >= 8 for a in arrays)
+
+
+def as_rows(x: mx.array) -> mx.array:
+    """(..., C) → (rows, C), of no rows too."""
+    return x.reshape(x.size // x.shape[-1], x.shape[-1])
 
 
 def _launch(

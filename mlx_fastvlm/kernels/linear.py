@@ -1,31 +1,56 @@
-"""A Linear layer that is fast for one row too, which is what decoding needs."""
+"""A Linear layer that is fast for one row too, which is what decoding needs, and on weights kept in bfloat16.
+
+A CPU computes in float32, but a bfloat16 checkpoint's weights hold no more than bfloat16, and loading keeps them so: half
+the bytes are read for a token. A bfloat16 is the upper half of a float32, so that the products are the same.
+"""
 
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_fastvlm.kernels import cpu
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x @ weightᵀ + bias: x (..., C), weight (O, C), bias (O,) → (..., O)."""
-    if x.size == x.shape[-1] and cpu.suits(x, weight.size):
+    """x @ weightᵀ + bias: x (..., C), weight (O, C) in x's type or a narrower one, bias (O,) → (..., O) in x's type."""
+    if cpu.suits(x, max(weight.size, x.size // x.shape[-1] * len(weight))) or cpu.kept_narrow(x, weight):
         return linear_cpu(x, weight, bias)
     return linear_reference(x, weight, bias)
 
 
-def linear_cpu(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """`linear` for one row in all: the weight is read once, a share of its rows on each core."""
-    out = cpu.output((*x.shape[:-1], weight.shape[0]), x)
-    matrix, vector, target = cpu.view(weight), cpu.rows(x)[0], cpu.rows(out)[0]
+def linear_cpu(x: mx.array, weight: mx.array, bias: mx.array | None = None, gelu: bool = False) -> mx.array:
+    """`linear` by compiled loops, through exact GELU if asked; weight float32 or bfloat16."""
+    matrix, offsets = cpu.weight(weight), None if bias is None else cpu.view(bias)
+    return cpu.filled((*x.shape[:-1], len(matrix)), lambda out: linear_rows(cpu.rows(x), matrix, offsets, out, gelu), x)
 
-    def block(start: int, stop: int) -> None:
-        cpu.matvec(matrix[start:stop], vector, target[start:stop])
 
-    cpu.in_blocks(block, len(matrix), len(matrix))
-    return out if bias is None else out + bias
+def linear_rows(
+    x: np.ndarray, matrix: np.ndarray, bias: np.ndarray | None, out: np.ndarray, gelu: bool = False
+) -> None:
+    """out = x @ matrixᵀ + bias, through GELU if asked: x (R, C), out (R, O), matrix (O, C) as `cpu.weight` has it."""
+    if len(x) == 1 and not gelu:
+        matvec(matrix, x[0], out[0])
+        if bias is not None:
+            out += bias
+        return
+    offsets = np.zeros(len(matrix), np.float32) if bias is None else bias
+    cpu.in_blocks(
+        lambda start, stop: cpu.panels().linear_rows(x, matrix, offsets, out, start, stop, gelu),
+        len(x),
+        cpu.ROWS,
+        cpu.panels().PANEL,
+    )
+
+
+def matvec(matrix: np.ndarray, vector: np.ndarray, out: np.ndarray) -> None:
+    """out = matrix @ vector, a share of the rows on each core: (O, C) as `cpu.weight` has it, (C,), (O,)."""
+    cpu.in_blocks(
+        lambda start, stop: cpu.loops().matvec(matrix[start:stop], vector, out[start:stop]), len(matrix), len(matrix)
+    )
 
 
 def linear_reference(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """`linear` in plain MLX ops."""
+    weight = weight.astype(x.dtype)
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)

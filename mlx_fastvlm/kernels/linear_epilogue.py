@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
-from mlx_fastvlm.kernels.gelu import gelu_reference
-from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
+from mlx_fastvlm.kernels.gelu import fused_gelu, gelu_reference
+from mlx_fastvlm.kernels.gpu import GpuKernel, as_rows, vector_loads
+from mlx_fastvlm.kernels.linear import linear, linear_cpu
 
 _MIN_ROWS = 64  # fewer are a matrix-vector product's work
 
@@ -81,6 +83,7 @@ KERNEL = GpuKernel(
         }
     }
     threadgroup float* mine = strip + part * 64 * TN;
+    #pragma unroll
     for (int i = 0; i < TM; ++i) {
         #pragma unroll
         for (int j = 0; j < TN; ++j) {
@@ -108,31 +111,24 @@ KERNEL = GpuKernel(
 )
 
 
-def linear_epilogue(
-    x: mx.array, weight: mx.array, bias: mx.array, residual: mx.array | None = None, gelu: bool = False
-) -> mx.array | None:
-    """residual + gelu(x @ weightᵀ + bias), GELU and residual where asked for; None where plain ops are to be taken.
+def linear_gelu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """GELU of a Linear layer: x (..., C), weight (O, C), bias (O,) → (..., O)."""
+    if cpu.suits(x, x.size // weight.shape[1] * weight.shape[0]):
+        return linear_cpu(x, weight, bias, gelu=True)
+    fused = OP.run(as_rows(x), weight, bias, bias, gelu=True, residual=False)
+    return fused_gelu(linear(x, weight, bias)) if fused is None else fused[0].reshape(*x.shape[:-1], -1)
 
-    Args:
-        x: (..., C).
-        weight: (O, C).
-        bias: (O,).
-        residual: (..., O).
-        gelu: apply exact GELU to the product.
 
-    Returns:
-        (..., O).
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    extra = bias if residual is None else residual.reshape(-1, residual.shape[-1])
-    fused = OP.run(rows, weight, bias, extra, gelu=gelu, residual=residual is not None)
-    return None if fused is None else fused[0].reshape(*x.shape[:-1], -1)
+def linear_add(x: mx.array, weight: mx.array, bias: mx.array, residual: mx.array) -> mx.array:
+    """A Linear layer added to something: x (..., C), weight (O, C), bias (O,), residual (..., O) → (..., O)."""
+    fused = OP.run(as_rows(x), weight, bias, as_rows(residual), gelu=False, residual=True)
+    return residual + linear(x, weight, bias) if fused is None else fused[0].reshape(residual.shape)
 
 
 def linear_epilogue_metal(
     x: mx.array, weight: mx.array, bias: mx.array, extra: mx.array, launch: Launch, gelu: bool, residual: bool
 ) -> tuple[mx.array]:
-    """`linear_epilogue` of (R, C) as one Metal kernel; `extra` is the residual, or any array; `launch` from `launches`."""
+    """A Linear layer of (R, C) as one Metal kernel; `extra` is the residual, or any array; `launch` from `launches`."""
     rows, outputs = x.shape[0], weight.shape[0]
     tile = {"BM": launch["rows"], "BN": launch["outputs"], "BK": launch["inputs"]}
     parts = {"WM": launch["row_parts"], "WN": launch["output_parts"]}
@@ -151,7 +147,7 @@ def linear_epilogue_metal(
 def linear_epilogue_reference(
     x: mx.array, weight: mx.array, bias: mx.array, extra: mx.array, gelu: bool, residual: bool
 ) -> tuple[mx.array]:
-    """`linear_epilogue` of (R, C) in plain MLX ops."""
+    """A Linear layer of (R, C) in plain MLX ops, with GELU behind it or added to `extra`."""
     y = mx.addmm(bias, x, weight.T)
     y = gelu_reference(y) if gelu else y
     return (extra + y if residual else y,)

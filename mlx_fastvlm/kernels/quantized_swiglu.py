@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
-from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
+from mlx_fastvlm.kernels.gpu import GpuKernel, as_rows, vector_loads
 from mlx_fastvlm.kernels.quantized_linear import quantized_linear, quantized_linear_reference
 from mlx_fastvlm.kernels.swiglu import swiglu, swiglu_reference
 
@@ -93,8 +93,7 @@ def quantized_swiglu(
         (..., H) in x's type.
     """
     if mode == "affine":
-        rows = x.reshape(-1, x.shape[-1])
-        fused = OP.run(rows, weight, scales, biases, group_size=group_size, bits=bits)
+        fused = OP.run(as_rows(x), weight, scales, biases, group_size=group_size, bits=bits)
         if fused is not None:
             return fused[0].reshape(*x.shape[:-1], -1)
     return swiglu(quantized_linear(x, weight, scales, biases, group_size, bits, mode))

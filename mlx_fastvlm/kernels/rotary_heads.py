@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
-from mlx_fastvlm.kernels.gpu import DTYPES, GpuKernel
+from mlx_fastvlm.kernels.gpu import DTYPES, MOST_GROUPS, GpuKernel
 
 KERNEL = GpuKernel(
     name="rotary_heads",
@@ -91,14 +91,16 @@ def launches(
     product: mx.array, bias: mx.array, offset: mx.array, heads: int, kv_heads: int, base: float
 ) -> list[Launch]:
     """Launch shapes: heads a threadgroup."""
-    if product.dtype not in DTYPES or bias.dtype != product.dtype or bias.size < 8:
+    fits = min(product.size, bias.size) >= 8 and product.shape[0] * product.shape[1] <= MOST_GROUPS
+    if not fits or product.dtype not in DTYPES or bias.dtype != product.dtype:
         return []
     return [{"heads": count} for count in (2, 1, 4, 8)]
 
 
 def _heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_heads: int, base: float) -> Heads:
-    batch, length, _ = product.shape
-    split = (product + bias).reshape(batch, length, heads + 2 * kv_heads, -1).transpose(0, 2, 1, 3)
+    batch, length, width = product.shape
+    all_heads = heads + 2 * kv_heads
+    split = (product + bias).reshape(batch, length, all_heads, width // all_heads).transpose(0, 2, 1, 3)
     # Queries and keys lie side by side, so one call rotates both.
     rotated = mx.fast.rope(
         split[:, : heads + kv_heads], split.shape[-1], traditional=False, base=base, scale=1.0, offset=offset

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
@@ -159,26 +158,12 @@ def self_attention_cuda(qkv: mx.array, launch: Launch, head_dim: int) -> tuple[m
 
 
 def self_attention_cpu(qkv: mx.array, head_dim: int) -> mx.array:
-    """`self_attention` by blocks of queries; heads are read in place."""
+    """`self_attention` by heads and blocks of queries; heads are read in place."""
     batch, tokens, width = qkv.shape
-    channels = width // 3
-    out = cpu.output((batch, tokens, channels), qkv)
-    source, target = cpu.view(qkv), cpu.view(out)
-    parts = -(-tokens // cpu.ROWS)
-    grid = (batch, channels // head_dim, parts)
-
-    def block(start: int, stop: int) -> None:
-        for index in range(start, stop):
-            image, head, part = np.unravel_index(index, grid)
-            rows = slice(part * cpu.ROWS, min(tokens, (part + 1) * cpu.ROWS))
-            columns = slice(head * head_dim, (head + 1) * head_dim)
-            q, k, v = (source[image, :, i * channels : (i + 1) * channels][:, columns] for i in range(3))
-            scores = np.empty((rows.stop - rows.start, tokens), np.float32)
-            cpu.matmul_t(q[rows], k, scores)
-            cpu.loops().softmax(scores, np.float32(head_dim**-0.5))
-            cpu.matmul(scores, v, target[image, rows, columns])
-
-    cpu.in_blocks(block, int(np.prod(grid)), 1)
+    out = cpu.output((batch, tokens, width // 3), qkv)
+    q, k, v = cpu.view(qkv).reshape(batch, tokens, 3, -1, head_dim).transpose(2, 0, 3, 1, 4)
+    target = cpu.view(out).reshape(batch, tokens, -1, head_dim).transpose(0, 2, 1, 3)
+    cpu.attend(q, k, v, target, head_dim**-0.5, causal=False)
     return out
 
 

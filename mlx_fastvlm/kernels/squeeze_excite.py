@@ -124,7 +124,7 @@ def squeeze_excite(x: mx.array, reduce: Linear, expand: Linear) -> mx.array:
     Returns:
         (B, H, W, C).
     """
-    fused = OP.run(x.reshape(x.shape[0], -1, x.shape[-1]), *reduce, *expand)
+    fused = OP.run(x.flatten(1, 2), *reduce, *expand)
     if fused is not None:
         return fused[0].reshape(x.shape)
     return gelu(gated(x, *(partial(linear, weight=weight, bias=bias) for weight, bias in (reduce, expand))))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.choice import fused_on_gpu
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
-from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
+from mlx_fastvlm.kernels.gpu import MOST_GROUPS, GpuKernel, as_rows, vector_loads
 
 _ROWS_PER_BLOCK = 64
 
@@ -36,7 +37,7 @@ def swiglu(gate_up: mx.array) -> mx.array:
     """silu(gate) · up: (..., 2·C) with the gate first → (..., C)."""
     if cpu.suits(gate_up, gate_up.size):
         return swiglu_cpu(gate_up)
-    fused = OP.run(gate_up.reshape(-1, gate_up.shape[-1]))
+    fused = OP.run(as_rows(gate_up))
     if fused is not None:
         return fused[0].reshape(*gate_up.shape[:-1], -1)
     return fused_on_gpu(swiglu_reference, _swiglu_compiled)(gate_up)
@@ -54,12 +55,14 @@ def swiglu_cuda(gate_up: mx.array, launch: Launch) -> tuple[mx.array]:
 
 def swiglu_cpu(gate_up: mx.array) -> mx.array:
     """`swiglu` by a compiled loop, on all cores."""
-    out = cpu.output((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up)
-    source, target = cpu.rows(gate_up), cpu.rows(out)
-    cpu.in_blocks(
-        lambda start, stop: cpu.loops().silu_mul(source[start:stop], target[start:stop]), len(source), _ROWS_PER_BLOCK
-    )
-    return out
+
+    def write(out: np.ndarray) -> None:
+        source = cpu.rows(gate_up)
+        cpu.in_blocks(
+            lambda start, stop: cpu.loops().silu_mul(source[start:stop], out[start:stop]), len(source), _ROWS_PER_BLOCK
+        )
+
+    return cpu.filled((*gate_up.shape[:-1], gate_up.shape[-1] // 2), write, gate_up)
 
 
 def swiglu_reference(gate_up: mx.array) -> mx.array:
@@ -73,7 +76,7 @@ _swiglu_compiled = mx.compile(swiglu_reference)
 
 def launches(gate_up: mx.array) -> list[Launch]:
     """Launch shapes: threads a threadgroup, all in one row."""
-    if not vector_loads(gate_up) or gate_up.shape[-1] % 8:
+    if not vector_loads(gate_up) or gate_up.shape[1] % 8 or gate_up.shape[0] > MOST_GROUPS:
         return []
     return [{"threads": threads} for threads in (256, 128, 512, 64)]
 

@@ -1,0 +1,53 @@
+"""The decoder's MLP: the stacked gate/up projection, SwiGLU and the projection back."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_fastvlm.kernels import cpu
+from mlx_fastvlm.kernels.linear import linear, linear_reference, matvec
+from mlx_fastvlm.kernels.swiglu import swiglu, swiglu_reference
+
+
+def swiglu_feed_forward(x: mx.array, gate_up: mx.array, down: mx.array) -> mx.array:
+    """The decoder's two Linear layers with SwiGLU between.
+
+    Args:
+        x: (..., C).
+        gate_up: (2·H, C), the gate's rows first; like `down` in x's type or a narrower one.
+        down: (C, H).
+
+    Returns:
+        (..., C).
+    """
+    if cpu.suits(x, x.size * len(gate_up)):
+        return swiglu_feed_forward_cpu(x, gate_up, down)
+    return linear(swiglu(linear(x, gate_up)), down)
+
+
+def swiglu_feed_forward_cpu(x: mx.array, gate_up: mx.array, down: mx.array) -> mx.array:
+    """`swiglu_feed_forward` by compiled loops: gate and up never exist as a whole."""
+    both, last = cpu.weight(gate_up), cpu.weight(down)
+    return cpu.filled(x.shape, lambda out: _swiglu_rows(cpu.rows(x), both, last, out), x)
+
+
+def _swiglu_rows(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
+    """The same on matrices: x, out (R, C), weights as `cpu.weight` has them."""
+    if len(x) == 1:
+        both, hidden = np.empty((1, len(gate_up)), np.float32), np.empty((1, down.shape[1]), np.float32)
+        matvec(gate_up, x[0], both[0])
+        cpu.loops().silu_mul(both, hidden)
+        matvec(down, hidden[0], out[0])
+        return
+    cpu.in_blocks(
+        lambda start, stop: cpu.panels().swiglu_rows(x, gate_up, down, out, start, stop),
+        len(x),
+        cpu.ROWS,
+        cpu.panels().PANEL,
+    )
+
+
+def swiglu_feed_forward_reference(x: mx.array, gate_up: mx.array, down: mx.array) -> mx.array:
+    """`swiglu_feed_forward` in plain MLX ops."""
+    return linear_reference(swiglu_reference(linear_reference(x, gate_up)), down)
