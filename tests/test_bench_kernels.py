@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_fastvlm.benchmarks import kernels
-from mlx_fastvlm.kernels.choice import current_mode
+from mlx_fastvlm.kernels.choice import KERNELS_VARIABLE, current_mode
 from tests.benchmark_output import result_of
 
 SECONDS = {"auto": 0.002, "off": 0.006, "reference": 0.012}
@@ -32,6 +32,12 @@ def test_speed_up_is_over_the_chosen_version(against, factor, monkeypatch):
     assert len(measured["speed_up"].samples) == 2
     assert measured["speed_up"].median == pytest.approx(factor, rel=0.4)
     assert measured["max_relative_error"] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_ours_runs_our_kernels_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv(KERNELS_VARIABLE, "off")
+    monkeypatch.setattr(kernels, "_SECONDS", 0.02)
+    assert kernels.measure_case(case(), mx.float32, "off", 1)["speed_up"].median == pytest.approx(3, rel=0.4)
 
 
 def test_the_error_is_the_worst_result_s_and_nan_is_never_hidden():

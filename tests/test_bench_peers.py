@@ -2,12 +2,14 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import mlx.core as mx
 import pytest
 
-from mlx_fastvlm.benchmarks import headline, headline_runners, peers, report, runner
+from mlx_fastvlm.benchmarks import headline, headline_runners, peers, report, runner, runners
 from mlx_fastvlm.benchmarks.command import BenchmarkError
 from mlx_fastvlm.benchmarks.report import Summary
 from mlx_fastvlm.benchmarks.runner_process import RunnerProcess, Unavailable
@@ -93,7 +95,38 @@ def test_greedy_answers_that_change_are_refused():
 
 def test_an_empty_answer_is_refused():
     with pytest.raises(BenchmarkError, match="ended its answer before the first token"):
-        peers.ask_in_turns({"ours": FakeRunner("ours", [], [1.0], tokens=())}, {}, 1, {})
+        peers.ask_in_turns({"ours": FakeRunner("ours", [], [1.0], tokens=())}, {}, 1, {}, {})
+
+
+class BreaksLater(FakeRunner):
+    def ask(self, **request):
+        if len([name for name, _ in self.asked if name == self.name]) == 1:
+            raise BenchmarkError(f"The {self.name} runner broke.")
+        return super().ask(**request)
+
+
+def test_a_peer_that_breaks_does_not_take_the_others_with_it():
+    asked, broken = [], {}
+    runners = {"ours": FakeRunner("ours", asked, [1.0] * 3), "torch": BreaksLater("torch", asked, [1.0] * 3)}
+    rounds = peers.ask_in_turns(runners, {}, 2, {}, broken)
+    assert broken == {"torch": "The torch runner broke."}
+    assert [list(answers) for answers in rounds] == [["ours", "torch"], ["ours"], ["ours"]]
+    with pytest.raises(BenchmarkError, match="The ours runner broke"):
+        peers.ask_in_turns({"ours": BreaksLater("ours", [], [1.0] * 3)}, {}, 2, {}, {})
+
+
+@pytest.mark.parametrize(("on_cpu", "first_round"), [(True, []), (False, [peers.SLOW])])
+def test_the_slow_one_is_warmed_up_where_it_is_not_slow(on_cpu, first_round, monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def start(name, work, args):
+        runner = FakeRunner(name, asked, [1.0] * 2)
+        return nullcontext(runner)
+
+    monkeypatch.setattr(peers, "start", start)
+    monkeypatch.setattr(peers, "computes_on_cpu", lambda choice: on_cpu)
+    result_of(peers, capsys, tmp_path, "--image", PICTURE, "--repeat", 1, "--peers", peers.SLOW)
+    assert [name for name, _ in asked] == ["ours", *first_round, "ours", peers.SLOW]
 
 
 @pytest.mark.parametrize(("one", "other", "common"), [([1, 2, 3], [1, 2, 4], 2), ([], [1], 0), ([1, 2], [1, 2], 2)])
@@ -158,6 +191,21 @@ def test_a_peer_that_is_not_there_is_named_with_the_reason(tmp_path):
         RunnerProcess("mlx-vlm", str(tmp_path / "no-python"), OPTIONS)
 
 
+def test_a_runner_that_was_killed_says_so(hub_folder, converted_folder):
+    options = {**OPTIONS, "folder": str(converted_folder("inference")), "dtype": "float32"}
+    with RunnerProcess("ours", sys.executable, options) as ours:
+        ours._process.kill()
+        with pytest.raises(BenchmarkError, match="The ours runner was killed, probably for want of memory"):
+            ours.ask(image=str(PICTURE), prompt="?", max_tokens=1)
+
+
+def test_pytorch_s_model_is_looked_for_in_the_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "modules", {**sys.modules, **dict.fromkeys(("torch", "transformers"), MagicMock())})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BenchmarkError, match="run from the root of a clone"):
+        runners.load_torch({**OPTIONS, "folder": "x", "dtype": "float32"})
+
+
 def test_a_runner_that_breaks_is_one_line():
     with pytest.raises(BenchmarkError, match="The unheard-of runner broke: KeyError"):
         RunnerProcess("unheard-of", sys.executable, OPTIONS)
@@ -218,7 +266,8 @@ def test_stages_of_the_headline_make_up_the_total():
     assert json.loads(json.dumps(reply)) == reply
 
 
-def test_the_headline_runs_with_fake_sides(capsys, monkeypatch):
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_headline_runs_with_fake_sides(on_cpu, capsys, monkeypatch):
     asked = []
 
     class FakeSide(FakeRunner):
@@ -239,9 +288,10 @@ def test_the_headline_runs_with_fake_sides(capsys, monkeypatch):
             pass
 
     monkeypatch.setattr(headline, "RunnerProcess", FakeSide)
+    monkeypatch.setattr(headline, "computes_on_cpu", lambda choice: on_cpu)
     result, _ = result_of(headline, capsys, "--tiles", 5, "--repeat", 2)
-    small = ["ours", "fastvlm-torch"]
-    assert [name for name, _ in asked] == [*small, *[*small, "onevision-torch"] * 2]
+    small, all_three = ["ours", "fastvlm-torch"], ["ours", "fastvlm-torch", "onevision-torch"]
+    assert [name for name, _ in asked] == [*(small if on_cpu else all_three), *all_three * 2]
     assert result["ratios"]["onevision-torch over ours"]["ttft"]["samples"] == [20.0, 20.0]
     assert result["paper_onevision_over_fastvlm"]["ttft"] == report.Summary.of([14124 / 166]).median
 

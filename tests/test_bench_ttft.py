@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -187,6 +188,35 @@ def test_ctrl_c_shows_what_was_measured(capsys, converted_folder, monkeypatch):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [variant["resolution"] for variant in result["variants"]] == [128]
     assert result["interrupted"] is True
+
+
+def test_a_variant_that_fails_leaves_those_before_it(capsys, converted_folder, monkeypatch, tmp_path):
+    run_variant = ttft.run_variant
+
+    def run_first_only(request):
+        if request.variant.resolution == 192:
+            raise BenchmarkError("There is no room.")
+        return run_variant(request)
+
+    monkeypatch.setattr(ttft, "run_variant", run_first_only)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(converted_folder("inference")), "--image", str(PICTURE), "--repeat", "1", "--save"]
+    with pytest.raises(SystemExit) as end:
+        ttft.main([*arguments, "--cold-starts", "0", "--max-tokens", "1", "--resolution", "128", "192"])
+    assert end.value.code == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    (variant,) = result["variants"]
+    assert (variant["resolution"], result["error"]) == (128, "There is no room.")
+    assert variant["decode_tps"] is None  # one token has no rate
+    assert err.splitlines()[-1] == "ttft: There is no room."
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_weights_that_find_no_room_say_so(monkeypatch):
+    monkeypatch.setattr(random_model.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(BenchmarkError, match="0.0 GB free; the random weights need"):
+        random_model.load_random(TINY, "float32")
 
 
 @pytest.mark.parametrize(

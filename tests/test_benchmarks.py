@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, on tiny models: no number here is a result."""
 
 import argparse
+import errno
 import io
 import json
 import subprocess
@@ -81,6 +82,15 @@ def test_cold_start_orders_its_times_and_finds_nothing_heavy(capsys, converted_f
     assert result["heavy_modules"] == []
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("print()", "said nothing"), ("import sys; print('A'); sys.exit('It is odd.')", "describe failed: It is odd.")],
+)
+def test_an_answer_that_is_none_has_no_time(code, message):
+    with pytest.raises(BenchmarkError, match=message):
+        cold_start.time_answer([sys.executable, "-c", code])
+
+
 def test_conversion_reports_time_and_memory(capsys, hub_folder):
     result, _ = result_of(conversion, capsys, hub_folder("inference"))
     assert result["seconds"]["median"] > 0
@@ -108,6 +118,38 @@ def test_what_ctrl_c_cut_short_is_shown_but_not_saved(capsys, tmp_path, monkeypa
     assert (code, result["value"]) == (0, 2)
     assert json.loads((tmp_path / "benchmarks" / "results" / "example.json").read_text()) == result
     assert result["machine"]["load_average_after"] >= 0
+
+
+def test_a_result_that_could_not_be_saved_is_refused_before_anything_is_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").touch()
+    measured = []
+    with pytest.raises(SystemExit) as end:
+        command.run("example", command.make_parser("example", ""), measured.append, ["--save"])
+    assert (end.value.code, measured) == (1, [])
+    assert "takes no files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", ""])
+def test_a_result_s_name_is_no_path(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.make_parser("example", "").parse_args(["--save", name])
+    assert end.value.code == 1
+    assert "expected a plain name" in capsys.readouterr().err
+
+
+def test_a_result_that_could_not_be_saved_is_shown_all_the_same(capsys, tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "save_json", full)
+    with pytest.raises(SystemExit) as end:
+        command.run("example", command.make_parser("example", ""), lambda args: ("table", {"value": 3}), ["--save"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
+    assert json.loads(out.splitlines()[-1])["value"] == 3
+    assert "cannot be saved (No space left on device); the result is in the JSON line" in err
 
 
 @pytest.mark.parametrize("text", ["0", "100", "-64", "x"])

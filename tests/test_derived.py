@@ -1,6 +1,8 @@
 """Arrays that kernels derive from a weight: made once, with a value, and dropped with it."""
 
 import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 
@@ -23,6 +25,21 @@ def test_it_is_made_once_for_each_array():
     doubled, a, b = Doubled(), mx.array([1.0]), mx.array([2.0])
     assert [doubled.of(array).item() for array in (a, b, a, b)] == [2, 4, 2, 4]
     assert doubled.made == 2
+
+
+def test_threads_share_it():
+    made = []
+
+    @once_per_array
+    def slow(array):
+        time.sleep(0.02)
+        made.append(array * 2)
+        return made[-1]
+
+    weight = mx.array([3.0])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: slow(weight), range(8)))
+    assert len(made) == 1 and all(array is made[0] for array in found)
 
 
 def test_it_goes_with_its_array():

@@ -218,14 +218,6 @@ def test_threads_that_meet_a_kernel_for_the_first_time_check_it_once(fake_gpu):
     assert double.ran == [8] * 9
 
 
-def test_no_choice_is_lost_while_another_thread_forgets_all(fake_gpu, monkeypatch):
-    monkeypatch.setattr("mlx_fastvlm.kernels.fused_op._MOST_CHOICES", 1)
-    double = fake_gpu()
-    with ThreadPoolExecutor(8) as pool:
-        rows = [1 + i % 3 for i in range(400)]
-        assert list(pool.map(lambda count: double(X[:count])[0].shape[0], rows)) == rows
-
-
 def test_plain_ops_on_a_gpu_may_round_float32_more(fake_gpu):
     """MLX's products in TF32, its rope's cosine: the kernel is the one that is right."""
     double = fake_gpu({8: lambda x: x * 2.002})

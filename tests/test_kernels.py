@@ -14,6 +14,7 @@ import pytest
 
 from mlx_fastvlm import blas
 from mlx_fastvlm.kernels import cpu, linear
+from mlx_fastvlm.kernels.add_rms_norm import add_rms_norm_cpu, add_rms_norm_reference
 from mlx_fastvlm.kernels.causal_attention import causal_attention_cpu, causal_attention_reference
 from mlx_fastvlm.kernels.choice import KERNELS_VARIABLE
 from mlx_fastvlm.kernels.cpu_depthwise import depthwise_conv_cpu
@@ -22,6 +23,7 @@ from mlx_fastvlm.kernels.feed_forward import feed_forward_cpu, feed_forward_refe
 from mlx_fastvlm.kernels.gelu import gelu_cpu, gelu_reference
 from mlx_fastvlm.kernels.linear import linear_cpu, linear_reference
 from mlx_fastvlm.kernels.quantized_linear import quantized_linear_cpu, quantized_linear_reference
+from mlx_fastvlm.kernels.rotary_heads import rotary_heads_cpu, rotary_heads_reference
 from mlx_fastvlm.kernels.self_attention import self_attention_cpu, self_attention_reference
 from mlx_fastvlm.kernels.stem_conv import stem_conv_cpu, stem_conv_reference
 from mlx_fastvlm.kernels.swiglu import swiglu_cpu, swiglu_reference
@@ -152,6 +154,29 @@ def test_swiglu(scale):
 def test_one_row(bias):
     x, weight, offset = random(1, 1, 70), random(1001, 70, seed=1), random(1001, seed=2) if bias else None
     assert relative_error(linear_cpu(x, weight, offset), linear_reference(x, weight, offset)) < KERNELS["float32"]
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_a_decode_rows_addition_and_norm(scale):
+    x, residual, weight = random(1, 1, 896, scale=scale), random(1, 1, 896, seed=1), random(896, seed=2)
+    found, wanted = (op(x, residual, weight, 1e-6) for op in (add_rms_norm_cpu, add_rms_norm_reference))
+    for a, b in zip(found, wanted, strict=True):
+        assert relative_error(a, b) < KERNELS["float32"]
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize("offset", [0, 37, 1000])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(14, 2, 64), (3, 1, 24), (6, 2, 128)])
+def test_a_decode_rows_heads(offset, heads, kv_heads, head_dim):
+    width = (heads + 2 * kv_heads) * head_dim
+    product, bias = random(1, 1, width), random(width, seed=1)
+    options = {"heads": heads, "kv_heads": kv_heads, "base": 1e6}
+    wanted = rotary_heads_reference(product, bias, mx.array([offset], mx.int32), **options)
+    # Angles grow with the position, and so does the rounding of an angle of float32.
+    limit = KERNELS["float32"] * max(1, offset / 20)
+    for a, b in zip(rotary_heads_cpu(product, bias, offset, **options), wanted, strict=True):
+        assert relative_error(a, b) < limit
 
 
 @needs_cpu_extra

@@ -255,11 +255,13 @@ def test_a_dry_run_keeps_nothing_and_doubles_are_tuned_once(fake_gpu, clock):
 def test_what_is_kept_is_what_the_dispatchers_ask_for(fake_gpu, monkeypatch):
     """Each real op's dispatcher looks up the very call that tuning its catalog case would keep."""
     from mlx_fastvlm.benchmarks.random_model import random_config
-    from mlx_fastvlm.kernels.catalog import cases
+    from mlx_fastvlm.kernels.catalog import cases, decoder_cases
+    from mlx_fastvlm.quantization import Storage
 
+    config = random_config("0.5b")
     asked = []
     monkeypatch.setattr(fused_op, "find_winner", lambda call: asked.append(call) or PLAIN)
-    for case in cases(random_config("0.5b"), 64, 5):
+    for case in [*cases(config, 512, 5), *decoder_cases(config.text_config, 1, offset=5, gate_up=Storage(4, 64))]:
         arrays = case.arrays(mx.float16)
         asked.clear()
         forget_choices()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
 from mlx_fastvlm.kernels.gpu import GpuKernel, as_rows, vector_loads
 
@@ -67,6 +69,8 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     fused = OP.run(as_rows(x), as_rows(residual), weight, eps=eps)
     if fused is not None:
         return fused[0].reshape(x.shape), fused[1].reshape(x.shape)
+    if cpu.is_decode_row(x):
+        return add_rms_norm_cpu(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
 
 
@@ -82,6 +86,14 @@ def add_rms_norm_cuda(
 ) -> tuple[mx.array, mx.array]:
     """`add_rms_norm` of (R, C) as one CUDA kernel; `launch` from `launches`."""
     return _launch(KERNEL.cuda, x, residual, weight, launch, eps)
+
+
+def add_rms_norm_cpu(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """`add_rms_norm` of one row, at once."""
+    mx.eval(x, residual, weight)
+    total = cpu.view(x) + cpu.view(residual)
+    mean_square = np.square(total).mean()
+    return mx.array(total), mx.array(total * (1 / np.sqrt(mean_square + np.float32(eps))) * cpu.view(weight))
 
 
 def add_rms_norm_reference(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:

@@ -58,6 +58,11 @@ def suits(x: mx.array, elements: int) -> bool:
     )
 
 
+def is_decode_row(x: mx.array) -> bool:
+    """Whether `x` is the one row of a large model's decode step: then MLX's scheduler costs more than a small op."""
+    return x.size == x.shape[-1] and bool(loops.cache_info().currsize) and suits(x, MIN_ELEMENTS)
+
+
 def kept_narrow(x: mx.array, weight: mx.array) -> bool:
     """Whether an op on `x` meets a bfloat16 weight that was kept for the loops here; only large models have such."""
     return x.dtype != weight.dtype == mx.bfloat16 and suits(x, MIN_ELEMENTS)

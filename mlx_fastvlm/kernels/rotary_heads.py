@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
 from mlx_fastvlm.kernels.gpu import DTYPES, MOST_GROUPS, GpuKernel
 
@@ -63,7 +66,11 @@ def rotary_heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_
     """
     options = {"heads": heads, "kv_heads": kv_heads, "base": base}
     fused = OP.run(product, bias, mx.array([offset], mx.int32), **options)
-    return _heads(product, bias, offset, **options) if fused is None else fused
+    if fused is not None:
+        return fused
+    if cpu.is_decode_row(product):
+        return rotary_heads_cpu(product, bias, offset, **options)
+    return _heads(product, bias, offset, **options)
 
 
 def rotary_heads_metal(
@@ -78,6 +85,25 @@ def rotary_heads_cuda(
 ) -> Heads:
     """`rotary_heads` as one CUDA kernel, offset (1,) int32; `launch` from `launches`."""
     return _launch(KERNEL.cuda, product, bias, offset, launch, heads, kv_heads, base)
+
+
+def rotary_heads_cpu(product: mx.array, bias: mx.array, offset: int, heads: int, kv_heads: int, base: float) -> Heads:
+    """`rotary_heads` of one row, at once."""
+    mx.eval(product, bias)
+    split = (cpu.view(product).reshape(-1) + cpu.view(bias)).reshape(heads + 2 * kv_heads, 1, -1)
+    half = split.shape[-1] // 2
+    cos, sin = _turns(half, base, offset)
+    first, second = split[: heads + kv_heads, :, :half], split[: heads + kv_heads, :, half:]
+    rotated = np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    parts = rotated[:heads], rotated[heads:], split[heads + kv_heads :]
+    return tuple(mx.array(part[None]) for part in parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _turns(half: int, base: float, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of a position's angles, (half,) float32 each: the same for all layers of a step."""
+    angles = np.float32(position) * np.exp2(-np.arange(half, dtype=np.float32) / half * np.float32(math.log2(base)))
+    return np.cos(angles), np.sin(angles)
 
 
 def rotary_heads_reference(
