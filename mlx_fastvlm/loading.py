@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_fastvlm.blas import use_openblas
+from mlx_fastvlm.cache_folder import CACHE_VARIABLE, cache_home
 from mlx_fastvlm.checkpoint_files import ADAPTER_CONFIG, PROJECTOR, WEIGHT_SUFFIXES, is_projector_alone
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
@@ -34,7 +35,6 @@ from mlx_fastvlm.safetensors_file import check_safetensors
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEMO = "demo"
-CACHE_VARIABLE = "MLX_FASTVLM_CACHE"
 FORMAT_KEY = "mlx_fastvlm"  # in config.json: marks the converter's layout
 FORMAT_VERSION = 1
 LARGE_MODEL_BYTES = 100_000_000  # beyond it, the extra `cpu` decides between seconds and minutes
@@ -211,15 +211,11 @@ def is_converted(folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $MLX_FASTVLM_CACHE, else ~/.cache/mlx-fastvlm (honoring XDG_CACHE_HOME).
+    """Where converted models are kept: below `cache_home`, one folder for each format.
 
-    Each format has a folder of its own there, so that another release never reads what it does not know.
+    So another release never reads what it does not know.
     """
-    if os.environ.get(CACHE_VARIABLE):
-        home = as_path(os.environ[CACHE_VARIABLE])
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-fastvlm"
-    return home / f"v{FORMAT_VERSION}"
+    return as_path(cache_home()) / f"v{FORMAT_VERSION}"
 
 
 def _converted_from_hub(hub_id: str, revision: str, on_progress: OnProgress | None) -> Path:

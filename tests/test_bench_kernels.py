@@ -56,7 +56,8 @@ def test_the_table_adds_up_by_count(capsys, monkeypatch):
     assert (config.text_config.hidden_size, resolution, prompt_tokens) == (896, 1024, 256 + 24)
     first, second = result["ops"]
     ours = 3 * first["ours_s"]["median"] + 5 * second["ours_s"]["median"]
-    assert f"All, x count: {ours * 1e3:,.1f} ms against" in table
+    theirs = 3 * first["against_s"]["median"] + 5 * second["against_s"]["median"]
+    assert f"All, x count: {ours * 1e3:,.1f} ms against {theirs * 1e3:,.1f} ms, {theirs / ours:.2f} times" in table
     assert "double 4" in table
 
 

@@ -14,6 +14,7 @@ from mlx_fastvlm.benchmarks.command import BenchmarkError
 from mlx_fastvlm.benchmarks.report import Summary
 from mlx_fastvlm.benchmarks.runner_process import RunnerProcess, Unavailable
 from mlx_fastvlm.benchmarks.runners import Implementation
+from mlx_fastvlm.blas import OFF_SWITCH
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 from tests.benchmark_output import result_of
 from tests.conftest import GOLDEN
@@ -70,12 +71,15 @@ def test_ratios_pair_the_rounds_that_both_took_part_in():
         peers.compare(result, results["ours"])
     assert results["ours"]["ttft_s"].samples == (1.0, 2.0)  # the 9 of the first round is not counted
     assert results["ours"]["first_ttft_s"] == 9.0
+    assert results["ours"]["decode_tps"].samples == (4.0, 4.0)  # two tokens after the first, in half a second
     assert results[peers.SLOW]["ttft_over_ours"].samples == (10.0,)
     assert results[peers.SLOW]["our_decode_tps_over"].samples == (4.0,)
     text = peers._report("small: ttft ms", results, {"torch": "not there"})
     assert "Ours against mlx-vlm-as-installed: time to first token 10.00 times less (10.00-10.00)" in text
     assert "decoding 4.00 times faster (4.00-4.00); 1 round." in text
     assert "Skipped torch: not there" in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("ours")]
+    assert row[1:6] == ["1,500.0", "1,000.0-2,000.0", "1.00", "1.00-1.00", "3,000.0"]  # the last is processor time
 
 
 def test_other_answers_are_counted_from_the_beginning():
@@ -191,7 +195,13 @@ def test_a_peer_that_is_not_there_is_named_with_the_reason(tmp_path):
         RunnerProcess("mlx-vlm", str(tmp_path / "no-python"), OPTIONS)
 
 
-def test_a_runner_that_was_killed_says_so(hub_folder, converted_folder):
+def test_blas_off_is_off_in_the_process_that_answers(converted_folder):
+    options = {"device": "auto", "blas": "off", "folder": str(converted_folder("inference")), "dtype": "float32"}
+    with RunnerProcess("ours", sys.executable, options) as ours:
+        assert ours.ready["blas"] == f"off: {OFF_SWITCH}=off"
+
+
+def test_a_runner_that_was_killed_says_so(converted_folder):
     options = {**OPTIONS, "folder": str(converted_folder("inference")), "dtype": "float32"}
     with RunnerProcess("ours", sys.executable, options) as ours:
         ours._process.kill()
@@ -247,6 +257,8 @@ def test_the_headline_says_what_differs_and_shrunk_tiles_first():
     text = headline._report(HEADLINE, comparison, "float32", 10)
     assert "onevision-torch over ours" in text and "7,371" in text and "85.1" in text
     assert "NOT the paper's comparison" not in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("ours")]
+    assert row[3:7] == ["1,500.0", "1,500.0", "3,000.0", "2,000.0-4,000.0"]  # encode, prefill, both and their range
     shrunk = headline._report(HEADLINE, comparison, "float32", 5)
     assert "TILES: 5 instead of 10 (768 pixels instead of 1152): NOT the paper's comparison." in shrunk
 

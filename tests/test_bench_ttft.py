@@ -18,7 +18,6 @@ from mlx_fastvlm.benchmarks.report import Summary
 from mlx_fastvlm.benchmarks.ttft_variant import STAGES, Request, Variant
 from mlx_fastvlm.config import FastVLMConfig, TextConfig, VisionConfig
 from mlx_fastvlm.fastvithd import FastViTHD
-from mlx_fastvlm.generate import GenerationResponse
 from tests.benchmark_output import result_of
 from tests.conftest import GOLDEN
 
@@ -73,11 +72,21 @@ def test_stages_make_up_the_total_in_every_combination(capsys, converted_folder,
         assert variant["prompt_tokens"] == variant["image_tokens"] + variant["text_tokens"]
         assert variant["decode_tps"]["median"] > 0
         assert variant["peak_rss_bytes"] >= variant["loaded_rss_bytes"] > variant["weight_bytes"] > 0
-        assert f"{variant['resolution']} px" in table
+        (row,) = [line for line in table.splitlines() if line.startswith(ttft.variant_name(variant))]
+        assert f" {variant['peak_rss_bytes'] / variant['weight_bytes']:.2f} " in row
     assert variants[2]["weight_bytes"] < variants[0]["weight_bytes"]
     (cold_start,) = result["cold_start"]
     assert cold_start["first_character_s"]["median"] > variants[0]["times_s"]["ttft"]["median"]
     assert json.loads((tmp_path / "benchmarks" / "results" / "matrix.json").read_text()) == result
+
+
+def test_the_first_cold_start_is_not_counted(monkeypatch, tmp_path):
+    commands, firsts = [], iter([9.0, 1.0, 2.0, 9.0, 3.0, 4.0])
+    monkeypatch.setattr(ttft, "time_answer", lambda command: commands.append(command) or (next(firsts), 10.0))
+    args = SimpleNamespace(dtype=[None, "float16"], cold_starts=2, prompt="What?", max_tokens=4)
+    measured = list(ttft.measure_cold_starts(tmp_path, PICTURE, args))
+    assert [cold_start["first_character_s"]["samples"] for cold_start in measured] == [[1.0, 2.0], [3.0, 4.0]]
+    assert ["--dtype" in command for command in commands] == [False] * 3 + [True] * 3
 
 
 def test_the_paper_s_figure_is_taken_answer_by_answer():
@@ -91,12 +100,17 @@ def test_the_paper_s_figure_is_taken_answer_by_answer():
     assert list(times)[: len(STAGES)] == list(STAGES)
 
 
-def test_an_answer_about_a_picture_that_was_seen_before_is_refused():
-    timings = {stage: 0.1 for stage in STAGES if stage != "encode"}
-    response = GenerationResponse("a", 1, 10, 1.0, 1, 1.0, 0.5, 0.0, "length", timings)
+def test_an_answer_about_a_picture_that_was_seen_before_is_refused(tiny_random, monkeypatch):
+    stream_generate = ttft_variant.stream_generate
+
+    def without_encoding(*arguments, **options):
+        for response in stream_generate(*arguments, **options):
+            timings = {stage: seconds for stage, seconds in response.timings.items() if stage != "encode"}
+            yield dataclasses.replace(response, timings=timings)
+
+    monkeypatch.setattr(ttft_variant, "stream_generate", without_encoding)
     with pytest.raises(BenchmarkError, match="no time for encode: something was reused"):
-        ttft_variant.check_answer(response)
-    ttft_variant.check_answer(dataclasses.replace(response, timings=timings | {"encode": 0.1}))
+        ttft_variant.measure(request_of(repeat=1))
 
 
 @pytest.mark.parametrize(("bits", "recipe"), [("none", None), ("8", "int8"), ("4", "int4")])
@@ -106,6 +120,24 @@ def test_a_random_model_answers_to_the_end(bits, recipe, tiny_random):
     assert measured["generation_tokens"] == 3
     assert measured["image_tokens"] == 1
     assert len(measured["samples"]) == len(measured["decode_tps"]) == 2
+
+
+def test_the_image_s_rows_alone_are_prefilled_once_an_answer(tiny_random, monkeypatch):
+    shapes, prefill = [], ttft_variant.prefill
+    monkeypatch.setattr(ttft_variant, "prefill", lambda *inputs: shapes.append(inputs[1].shape) or prefill(*inputs))
+    ttft_variant.measure(request_of(Variant(resolution=128), repeat=2))
+    assert shapes == [(1, 4, TINY.text_config.hidden_size)] * 3
+
+
+def test_mlx_s_peak_is_that_of_answering(tiny_random, monkeypatch):
+    prepare_model, loading = ttft_variant.prepare_model, 400_000_000
+
+    def prepare(request):
+        mx.eval(mx.zeros(loading, mx.uint8))
+        return prepare_model(request)
+
+    monkeypatch.setattr(ttft_variant, "prepare_model", prepare)
+    assert 0 < ttft_variant.measure(request_of(repeat=1))["mlx_peak_bytes"] < loading
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm.benchmarks import child, cold_start, command, conversion, peers, picture, report, ttft
+from mlx_fastvlm.benchmarks import child, cold_start, command, conversion, machine, peers, picture, report, ttft
 from mlx_fastvlm.benchmarks.command import BenchmarkError
 from mlx_fastvlm.benchmarks.runner_process import RunnerProcess
 from tests.benchmark_output import result_of
@@ -89,6 +89,17 @@ def test_cold_start_orders_its_times_and_finds_nothing_heavy(capsys, converted_f
 def test_an_answer_that_is_none_has_no_time(code, message):
     with pytest.raises(BenchmarkError, match=message):
         cold_start.time_answer([sys.executable, "-c", code])
+
+
+def test_an_import_costs_what_it_takes_beyond_the_interpreter(monkeypatch):
+    seconds = iter([5.0, 1.0, 7.0, 2.0])
+    monkeypatch.setattr(cold_start, "_time_python", lambda code: next(seconds))
+    imports, bare = cold_start.import_times(2)
+    assert (imports.samples, bare.samples) == ((4.0, 5.0), (1.0, 2.0))
+
+
+def test_peak_memory_is_in_bytes():
+    assert 20e6 < machine.peak_rss() < 100e9  # an interpreter with MLX
 
 
 def test_conversion_reports_time_and_memory(capsys, hub_folder):

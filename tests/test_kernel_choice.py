@@ -246,6 +246,41 @@ def test_arrays_of_nothing_are_left_to_plain_ops(case):
     assert case.fused_op.launches(first[:0], *others, **case.options) == []
 
 
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_check_on_the_sample_compiles_the_kernel_that_the_call_will_run(case, monkeypatch):
+    compiled = []
+
+    def recorder(name, **_):
+        def launch(*, inputs, template, threadgroup, output_shapes, output_dtypes, **_):
+            compiled.append((name, template, threadgroup, [array.dtype for array in inputs]))
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", recorder)
+    arrays = case.arrays(mx.float16)
+    for launch in case.fused_op.launches(*arrays, **case.options):
+        compiled.clear()
+        case.fused(*arrays, launch=launch)
+        by_call = list(compiled)
+        compiled.clear()
+        case.fused(*case.fused_op.sample(*arrays, **case.options), launch=launch)
+        assert compiled == by_call
+
+
+def test_shapes_that_a_kernel_is_not_for_are_left_to_plain_ops():
+    ops = {op.name: op for op in FUSED_OPS}
+    for bits, rows, fits in ((4, 4, True), (8, 4, True), (4, 5, False), (6, 4, False), (3, 4, False)):
+        packed = mx.quantize(mx.ones((8, 64)), group_size=64, bits=bits)
+        launches = ops["quantized_swiglu"].launches(mx.ones((rows, 64)), *packed, group_size=64, bits=bits)
+        assert bool(launches) == fits
+    assert ops["swiglu"].launches(mx.ones((3, 12))) == []  # the up half would begin between two fours
+    weight, bias = mx.ones((8, 8)), mx.ones((8,))
+    for rows, fits in ((64, True), (63, False)):
+        launches = ops["linear_epilogue"].launches(mx.ones((rows, 8)), weight, bias, bias, gelu=True, residual=False)
+        assert bool(launches) == fits
+
+
 def test_more_rows_than_cudas_grids_have_are_left_to_plain_ops():
     ops = {op.name: op for op in FUSED_OPS}
     options = {"heads": 1, "kv_heads": 1, "base": 1e4}

@@ -48,11 +48,14 @@ def test_the_order_in_which_threads_run_changes_nothing(case, dtype):
 
 @each_case
 def test_every_launch_shape_that_tuning_may_choose_is_right(case):
+    """On the arrays of its check before the first use too: what failed there would run on no machine."""
     arrays = case.arrays(mx.float16, seed=2)
+    sample = case.fused_op.sample(*arrays, **case.options)
     for launch in case.fused_op.launches(*arrays, **case.options):
-        found, wanted, session = run(case, arrays, launch, mode="run")
-        session.assert_clean()
-        assert agrees(found, wanted), launch
+        for given in (arrays, sample):
+            found, wanted, session = run(case, given, launch, mode="run")
+            session.assert_clean()
+            assert agrees(found, wanted), launch
 
 
 @each_dtype

@@ -10,8 +10,9 @@ from mlx_fastvlm.errors import FastVLMError
 from mlx_fastvlm.kernels import cpu, gpu, selftest, tuning
 from mlx_fastvlm.kernels.catalog import FUSED_OPS
 from mlx_fastvlm.kernels.choice import current_mode
+from mlx_fastvlm.kernels.launch_table import PREFERRED
 from mlx_fastvlm.kernels.winners import winners_file
-from tests.fake_gpu import INFO, broken, right, wrong
+from tests.fake_gpu import INFO, broken, forget_everything, right, wrong
 from tests.metal_emulator import available as emulator_missing
 from tests.metal_emulator import emulated
 from tests.test_kernels import needs_cpu_extra
@@ -50,8 +51,11 @@ def test_the_speedup_is_of_what_is_chosen_over_plain_ops(fake_gpu, no_other_ops,
     assert [check.speedup for check in checks(double, quick=True)] == [3.0, 3.0]
 
 
-def test_quick_checks_the_chosen_one(fake_gpu, quick_clock, no_other_ops):
+def test_quick_checks_the_chosen_one(fake_gpu, quick_clock, no_other_ops, monkeypatch):
     assert [check.launch for check in checks(fake_gpu(), quick=True)] == [{"size": 8}] * 2
+    monkeypatch.setitem(PREFERRED["M4"], "double", ({"size": 4},))
+    forget_everything()
+    assert [check.launch for check in checks(fake_gpu(), quick=True)] == [{"size": 4}] * 2
 
 
 def nan(x):
@@ -96,7 +100,7 @@ def test_the_mode_of_the_environment_does_not_matter_and_stays(fake_gpu, quick_c
 
 def test_ragged_cases_can_be_run_by_every_kernel_they_name():
     found = selftest.ragged_cases()
-    assert {case.op for case in found} == {op.name for op in FUSED_OPS if not op.tuned_only}
+    assert {case.op for case in found} == {op.name for op in FUSED_OPS}
     for case in found:
         arrays = case.arrays(mx.float16)
         assert case.fused_op.launches(*arrays, **case.options), case.label

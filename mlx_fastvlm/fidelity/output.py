@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from mlx_fastvlm.benchmarks.report import replace_file
 from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.replace_file import replace_file
 
 
 def check_writable(path: Path) -> None:

@@ -51,6 +51,7 @@ inline vec<T, 4> narrow4(float4 v) {
     return vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
 }
 """
+_CUDA_HEADER = CUDA_DIALECT + "namespace mlx::core::cu {" + _HELPERS + "}\n"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class GpuKernel:
 
     def metal(self, arrays: Sequence[mx.array], **launch) -> list[mx.array]:
         """Launch on Metal; `launch` as in `_launch`."""
-        return _launch(_metal_kernel(mx.fast.metal_kernel, self), arrays, **launch)
+        return _launch(_built(mx.fast.metal_kernel, _HELPERS, self), arrays, **launch)
 
     def cuda(self, arrays: Sequence[mx.array], **launch) -> list[mx.array]:
         """Launch on CUDA; `launch` as in `_launch`."""
-        return _launch(_cuda_kernel(mx.fast.cuda_kernel, self), arrays, **launch)
+        return _launch(_built(mx.fast.cuda_kernel, _CUDA_HEADER, self), arrays, **launch)
 
 
 def backend() -> str | None:
@@ -94,8 +95,8 @@ def vector_loads(*arrays: mx.array) -> bool:
 
 
 def as_rows(x: mx.array) -> mx.array:
-    """(..., C) → (rows, C), of no rows too."""
-    return x.reshape(x.size // x.shape[-1], x.shape[-1])
+    """(..., C) → (rows, C)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _launch(
@@ -120,22 +121,12 @@ def _launch(
 
 
 @functools.cache
-def _metal_kernel(make: Callable, kernel: GpuKernel) -> Callable[..., list[mx.array]]:
+def _built(make: Callable, header: str, kernel: GpuKernel) -> Callable[..., list[mx.array]]:
+    """MLX's kernel object; it compiles one kernel for every set of types and template arguments."""
     return make(
         name=f"fastvlm_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=kernel.source,
-        header=_HELPERS,
-    )
-
-
-@functools.cache
-def _cuda_kernel(make: Callable, kernel: GpuKernel) -> Callable[..., list[mx.array]]:
-    return make(
-        name=f"fastvlm_{kernel.name}",
-        input_names=list(kernel.inputs),
-        output_names=list(kernel.outputs),
-        source=kernel.source,
-        header=CUDA_DIALECT + "namespace mlx::core::cu {" + _HELPERS + "}\n",
+        header=header,
     )

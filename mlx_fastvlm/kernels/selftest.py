@@ -20,6 +20,8 @@ from mlx_fastvlm.kernels.catalog import (
     ADD_RMS_NORM,
     DEPTHWISE_CONV,
     DEPTHWISE_PAIR,
+    LINEAR_EPILOGUE,
+    QUANTIZED_SWIGLU,
     ROTARY_HEADS,
     SELF_ATTENTION,
     SQUEEZE_EXCITE,
@@ -137,6 +139,14 @@ def _ragged_rows() -> Iterator[Case]:
     heads = {"heads": 3, "kv_heads": 1, "base": 1e4}
     yield Case(ROTARY_HEADS, "ragged 2x5x100", 1, ((2, 5, 100), (100,)), offset=33, options=heads)
     yield Case(SWIGLU, "ragged 3x72", 1, ((3, 72),))
+    weights = ((76, 44), (76,))
+    for residual, extra in ((False, (76,)), (True, (70, 76))):
+        label = f"ragged 70x44 to 76, {'residual' if residual else 'GELU'}"
+        options = {"gelu": not residual, "residual": residual}
+        yield Case(LINEAR_EPILOGUE, label, 1, ((70, 44), *weights, extra), options=options)
+    for bits in (4, 8):
+        options = {"group_size": 32, "bits": bits}
+        yield Case(QUANTIZED_SWIGLU, f"ragged 3x576 to 74, {bits} bits", 1, ((3, 576), (74, 576)), options=options)
 
 
 def environment() -> dict[str, Any]:
