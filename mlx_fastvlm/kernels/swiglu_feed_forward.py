@@ -21,7 +21,7 @@ def swiglu_feed_forward(x: mx.array, gate_up: mx.array, down: mx.array) -> mx.ar
     Returns:
         (..., C).
     """
-    if cpu.suits(x, x.size * len(gate_up)):
+    if cpu.suits(x, max(gate_up.size, x.size // x.shape[-1] * len(gate_up))):
         return swiglu_feed_forward_cpu(x, gate_up, down)
     return linear(swiglu(linear(x, gate_up)), down)
 
