@@ -14,9 +14,7 @@ from mlx_fastvlm.kernels.cpu_depthwise import depthwise_conv_cpu
 from mlx_fastvlm.kernels.derived import once_per_array
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
 from mlx_fastvlm.kernels.gelu import fused_gelu, gelu_reference
-from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
-
-_THREADGROUP_BYTES = 32768
+from mlx_fastvlm.kernels.gpu import THREADGROUP_BYTES, GpuKernel, vector_loads
 
 KERNEL = GpuKernel(
     name="depthwise_conv",
@@ -180,7 +178,7 @@ def launches(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1, gel
         (1, 4, 2, 16, 8), (1, 2, 8, 16, 4), (1, 2, 4, 8, 4),
     ):  # fmt: skip
         tile = ((tiles * width - 1) * stride + kernel) * ((rows - 1) * stride + kernel) * lanes * 4 * x.dtype.size
-        if width * multiplier <= 8 and (not staged or tile <= _THREADGROUP_BYTES):
+        if width * multiplier <= 8 and (not staged or tile <= THREADGROUP_BYTES):
             shapes.append({"staged": staged, "lanes": lanes, "tiles": tiles, "rows": rows, "width": width})
     return shapes
 

@@ -11,9 +11,7 @@ import mlx.core as mx
 
 from mlx_fastvlm.kernels.depthwise_conv import depthwise_conv, depthwise_conv_reference, taps_of
 from mlx_fastvlm.kernels.fused_op import FusedOp, Launch, random_array
-from mlx_fastvlm.kernels.gpu import GpuKernel, vector_loads
-
-_THREADGROUP_BYTES = 32768
+from mlx_fastvlm.kernels.gpu import THREADGROUP_BYTES, GpuKernel, vector_loads
 
 KERNEL = GpuKernel(
     name="depthwise_pair",
@@ -176,7 +174,7 @@ def launches(x: mx.array, weight3: mx.array, bias3: mx.array, weight7: mx.array,
     ):  # fmt: skip
         columns = tiles * width
         tiles_bytes = ((columns + 8) * (height + 8) + (columns + 6) * (height + 6)) * lanes * 4 * x.dtype.size
-        if tiles_bytes <= _THREADGROUP_BYTES:
+        if tiles_bytes <= THREADGROUP_BYTES:
             shapes.append({"lanes": lanes, "tiles": tiles, "width": width, "height": height, "rows": rows})
     return shapes
 

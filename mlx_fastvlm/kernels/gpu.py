@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_fastvlm.kernels.cuda_dialect import CUDA_DIALECT
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+THREADGROUP_BYTES = 32768  # of memory that a threadgroup may hold, on every Apple GPU
 MOST_GROUPS = 65535  # of a launch along y and z: CUDA's limit
 Template = dict[str, int | bool | mx.Dtype]
 Size = tuple[int, int, int]
