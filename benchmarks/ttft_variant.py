@@ -32,7 +32,7 @@ from .command import BenchmarkError, progress
 from .machine import matmul_gflops, peak_rss
 from .random_model import load_random, random_config, stored_weights, word_processor
 
-STAGES = ("decode", "resize", "encode", "project", "tokenize", "prefill", "first_token")
+STAGES = ("tokenize", "decode", "resize", "encode", "project", "prefill", "first_token")
 BITS = ("none", "8", "6", "5", "4", "3", "2")
 _FILLER = " a"  # a token of its own in every byte-level vocabulary with a letter and a space in it
 

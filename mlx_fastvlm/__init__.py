@@ -5,10 +5,24 @@ model, processor = load("demo")
 print(generate(model, processor, "Describe this image.", image="img.png"))
 """
 
+from mlx_fastvlm.answer import GenerationResponse
+from mlx_fastvlm.conversation import Conversation
 from mlx_fastvlm.errors import FastVLMError
-from mlx_fastvlm.generate import GenerationResponse, generate, generate_step, stream_generate
+from mlx_fastvlm.generate import generate, generate_step, stream_generate
 from mlx_fastvlm.loading import load
+from mlx_fastvlm.options import GenerationOptions
+from mlx_fastvlm.reuse import Reuse
 
 __version__ = "0.1.0"
 
-__all__ = ["FastVLMError", "GenerationResponse", "generate", "generate_step", "load", "stream_generate"]
+__all__ = [
+    "Conversation",
+    "FastVLMError",
+    "GenerationOptions",
+    "GenerationResponse",
+    "Reuse",
+    "generate",
+    "generate_step",
+    "load",
+    "stream_generate",
+]

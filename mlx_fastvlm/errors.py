@@ -26,3 +26,11 @@ class HubError(FastVLMError):
 
 class OptionError(FastVLMError):
     """An option's value is out of range or options contradict each other."""
+
+
+class ConversationError(FastVLMError):
+    """A saved conversation cannot be read or written."""
+
+
+class FastVLMWarning(UserWarning):
+    """What a user should know though the work goes on."""

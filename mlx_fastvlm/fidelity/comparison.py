@@ -27,9 +27,10 @@ from mlx_fastvlm.fidelity.arithmetic import NextTokenTally, compare_answers, row
 from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, write_generated
 from mlx_fastvlm.fidelity.results import Cosine, Fidelity, ModelFacts, with_speed
 from mlx_fastvlm.fidelity.stopwatch import SPEED_TOKENS, time_in_turns
-from mlx_fastvlm.generate import check_options, generate_step, prefill
+from mlx_fastvlm.generate import generate_step, prefill
 from mlx_fastvlm.image_processing import open_image
 from mlx_fastvlm.loading import load, resolve_model
+from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.sampling import make_sampler
 
@@ -74,7 +75,7 @@ def measure(
         FastVLMError: a model cannot be loaded or an image cannot be read, see `load` and `open_image`.
     """
     _check_options(images, prompts, max_tokens, speed_rounds)
-    check_options(max_tokens=max_tokens, temp=0, top_p=1, top_k=0, repetition_penalty=1, seed=None, kv_bits=kv_bits)
+    GenerationOptions(max_tokens=max_tokens, kv_bits=kv_bits)  # refuses numbers out of range
     report = on_progress or (lambda what, done, total: None)
     folders = {"reference": resolve_model(reference, None, report), "candidate": resolve_model(candidate, None, report)}
     provenance = {role: _provenance(folder) for role, folder in folders.items()}

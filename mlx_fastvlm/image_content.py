@@ -1,0 +1,65 @@
+"""An image known by its content, so that the same picture is recognized however it is named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlx_fastvlm.image_processing import Background, ImageSource, open_image
+from mlx_fastvlm.image_source import read_image_bytes, source_name
+
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class ImageContent:
+    """A snapshot of an image: equal content, equal digest.
+
+    Attributes:
+        digest: of the file's bytes, or of the pixels where there is no file; 32 hexadecimal digits.
+        source: what `open_image` takes: those bytes, or an RGB picture that nobody else changes.
+        name: what messages call it.
+    """
+
+    digest: str
+    source: ImageSource = field(compare=False, repr=False)
+    name: str = field(compare=False)
+
+    def file_bytes(self) -> bytes:
+        """The image as a file: its own bytes, or a PNG of the pixels."""
+        if isinstance(self.source, bytes):
+            return self.source
+        file = io.BytesIO()
+        self.source.save(file, "PNG")
+        return file.getvalue()
+
+
+def recognize(
+    source: ImageSource | ImageContent, background: Background = "white", name: str | None = None
+) -> ImageContent:
+    """Read an image, once, and know it by its content. It is not decoded unless it has to be.
+
+    Args:
+        source: whatever `open_image` takes, or a content, which is returned.
+        background: what shows through transparent pixels of a picture that is not a file.
+        name: what messages call it, in place of what `source` says.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if isinstance(source, ImageContent):
+        return source
+    name = name or source_name(source)
+    if not hasattr(source, "convert") and not isinstance(source, np.ndarray):
+        data = read_image_bytes(source)
+        if not data.startswith(b"%PDF"):  # a document's name says which page it is about
+            return ImageContent(hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest(), data, name)
+        if not isinstance(source, str):
+            source = data
+    picture = open_image(source, background=background).copy()
+    pixels = hashlib.blake2b(repr(picture.size).encode(), digest_size=_DIGEST_BYTES)
+    pixels.update(picture.tobytes())
+    return ImageContent(pixels.hexdigest(), picture, name)

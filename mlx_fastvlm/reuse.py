@@ -1,0 +1,166 @@
+"""What answers leave for later ones: image rows by content, keys and values by what the decoder saw.
+
+A second question on a picture runs neither the encoder nor the picture's rows through the decoder; the answer is the one
+that a fresh start gives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_fastvlm.answer import StageClock
+from mlx_fastvlm.config import IMAGE_TOKEN_INDEX
+from mlx_fastvlm.feature_cache import FeatureCache
+from mlx_fastvlm.generate import Prefilled, check_context, prefill
+from mlx_fastvlm.image_content import ImageContent, recognize
+from mlx_fastvlm.image_features import image_rows
+from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.options import GenerationOptions
+from mlx_fastvlm.prefix_cache import Position, PrefixCache
+from mlx_fastvlm.processor import Processor
+
+MAX_FEATURE_BYTES = 2**28  # some 290 pictures of 256 rows for the 0.5B in float32
+MAX_PREFIX_BYTES = 2**29  # some 21,000 positions of the 0.5B in float32
+
+
+@dataclass
+class ReusablePrompt(Prefilled):
+    """A prompt that the decoder has seen, and that grows by the answer.
+
+    Attributes:
+        positions: what the decoder saw, the answer so far included.
+    """
+
+    positions: list[Position] | None = None
+
+    def saw(self, token: int) -> None:
+        """Note the next token of the answer."""
+        self.positions.append(token)
+
+
+class Reuse:
+    """The memory that the answers of one model share. Give it to `generate`, or let a `Conversation` make one.
+
+    Args:
+        model, processor: from `load`. The constant beginning of every prompt is run through the decoder here.
+        max_feature_bytes: for image rows.
+        max_prefix_bytes: for keys and values.
+        folder: keeps image rows for later processes too.
+    """
+
+    def __init__(
+        self,
+        model: FastVLM,
+        processor: Processor,
+        *,
+        max_feature_bytes: int = MAX_FEATURE_BYTES,
+        max_prefix_bytes: int = MAX_PREFIX_BYTES,
+        folder: str | os.PathLike[str] | None = None,
+    ):
+        self.model = model
+        self.processor = processor
+        self.features = FeatureCache(model, processor, max_feature_bytes, folder)
+        self.prefixes = PrefixCache(max_prefix_bytes)
+        self._prefill_beginning()
+
+    @contextmanager
+    def prefilled(
+        self, input_ids: Sequence[int], images: Sequence[ImageSource], options: GenerationOptions, clock: StageClock
+    ) -> Iterator[ReusablePrompt]:
+        """A prompt ready to be answered; what the decoder has seen when the block ends, however it does, is kept.
+
+        Args:
+            input_ids: with -200 at each image.
+            images: in the order of those.
+            options: for the context's limit and the kind of cache.
+            clock: stages are booked on it.
+
+        Raises:
+            OptionError: prompt and answer do not fit into the context.
+            ImageError: an image cannot be read.
+        """
+        prompt = self._prefill(input_ids, images, options, clock)
+        in_doubt = 1  # positions: Ctrl-C may leave the last one half written
+        try:
+            yield prompt
+            in_doubt = 0
+        except GeneratorExit:  # the answer was not wanted to its end
+            in_doubt = 0
+            raise
+        finally:
+            # The decoder has not seen the last token drawn; on a GPU it may have seen one that was not asked for.
+            seen = min([len(prompt.positions), *(layer.offset for layer in prompt.cache)])
+            self.prefixes.keep(prompt.positions[: seen - in_doubt], prompt.cache, options.kv_bits)
+
+    def prefill(
+        self, input_ids: Sequence[int], images: Sequence[ImageSource], options: GenerationOptions
+    ) -> StageClock:
+        """Run the beginning of a prompt through the decoder and keep it. Returns the stages' times; raises as `prefilled`."""
+        clock = StageClock()
+        with self.prefilled(input_ids, images, options, clock):
+            pass
+        return clock
+
+    def _prefill(
+        self, input_ids: Sequence[int], images: Sequence[ImageSource], options: GenerationOptions, clock: StageClock
+    ) -> ReusablePrompt:
+        background = self.processor.image_processor.background
+        contents = [recognize(image, background) for image in images]
+        clock.lap("recognize")
+        positions = self._positions(input_ids, contents)
+        check_context(self.model, len(positions), options.max_tokens)
+        cache, known = self.prefixes.longest(positions, options.kv_bits)
+        if cache is None:
+            cache = self.model.make_cache(options.kv_bits)
+        rest, num_images, rows_known = _rest_of(input_ids, image_rows(self.model, self.processor), known)
+        features = [self.features.rows(image, clock) for image in contents[len(contents) - num_images :]]
+        if rows_known:
+            features[0] = features[0][rows_known:]
+        logits = prefill(self.model, self.model.embed(rest, features), cache)
+        mx.eval(logits)
+        clock.lap("prefill")
+        return ReusablePrompt(logits, cache, len(positions), known, positions)
+
+    def _positions(self, input_ids: Sequence[int], images: Sequence[ImageContent]) -> list[Position]:
+        """What the decoder sees, position by position."""
+        count = image_rows(self.model, self.processor)
+        names = iter([self.features.name(image) for image in images])
+        positions: list[Position] = []
+        for token in input_ids:
+            positions += [next(names)] * count if token == IMAGE_TOKEN_INDEX else [token]
+        return positions
+
+    def _prefill_beginning(self) -> None:
+        """Hold what every prompt with the default system line begins with, for good."""
+        ids = self.processor.tokenize("", 1)
+        beginning = ids[: ids.index(IMAGE_TOKEN_INDEX)]
+        cache = self.model.make_cache()
+        prefill(self.model, self.model.embed(beginning), cache)
+        self.prefixes.keep(beginning, cache, pinned=True)
+
+
+def _rest_of(input_ids: Sequence[int], rows: int, known: int) -> tuple[list[int], int, int]:
+    """What is left of a prompt whose first `known` positions the decoder has seen.
+
+    Args:
+        input_ids: with -200 at each image.
+        rows: positions of an image.
+        known: fewer than the prompt has.
+
+    Returns:
+        The ids from the first one on that is not fully known, the images among them, and the rows known of the first.
+    """
+    position = 0
+    for i, token in enumerate(input_ids):
+        width = rows if token == IMAGE_TOKEN_INDEX else 1
+        if position + width > known:
+            rest = list(input_ids[i:])
+            return rest, rest.count(IMAGE_TOKEN_INDEX), known - position
+        position += width
+    raise ValueError(f"{known} positions are known of a prompt of {position}.")

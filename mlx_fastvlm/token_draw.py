@@ -1,0 +1,58 @@
+"""One answer's draws: what its form allows, then the repetition penalty, then the sampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_fastvlm.options import GenerationOptions
+from mlx_fastvlm.sampling import make_sampler, penalize_repetition
+
+if TYPE_CHECKING:
+    from mlx_fastvlm.constraint import Constraint
+
+
+class TokenDraw:
+    """Draws the tokens of one answer, in order; it is a `Sampler` for batches of one.
+
+    Args:
+        options: how to draw.
+        constraint: which tokens may follow, for an answer in a given form.
+    """
+
+    def __init__(self, options: GenerationOptions, constraint: Constraint | None = None):
+        self._sampler = make_sampler(options.temp, options.top_p, options.top_k, options.seed)
+        self._penalty = options.repetition_penalty
+        self._constraint = constraint
+        self._drawn: mx.array | None = None  # (1, tokens so far)
+        self.is_greedy = options.temp == 0 and self._penalty == 1 and constraint is None
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """(1, vocab) logits for the position after the last token drawn → (1,) token id, being computed."""
+        if self.is_greedy:
+            token = self._sampler(logits)
+            mx.async_eval(token)
+            return token
+        if self._constraint is not None:
+            if self._drawn is not None:
+                self._constraint.accept(self._drawn[0, -1].item())
+            logits = self._constraint.restrict(logits)
+        if self._drawn is not None and self._penalty != 1:
+            logits = penalize_repetition(logits, self._drawn, self._penalty)
+        token = self._sampler(logits)
+        self._drawn = token[:, None] if self._drawn is None else mx.concatenate([self._drawn, token[:, None]], axis=1)
+        mx.async_eval(token)
+        return token
+
+
+def make_draw(processor, options: GenerationOptions) -> TokenDraw:
+    """The draws that `options` ask for. Raises OptionError if the form cannot be followed by this model."""
+    if not options.is_constrained:
+        return TokenDraw(options)
+    from mlx_fastvlm.constraint import make_constraint  # its library is needed for such answers only
+
+    constraint = make_constraint(
+        processor, json_schema=options.json_schema, choices=options.choices, max_tokens=options.max_tokens
+    )
+    return TokenDraw(options, constraint)

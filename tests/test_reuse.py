@@ -1,0 +1,329 @@
+"""Reuse is exact: what was computed for earlier answers changes later ones by no more than rounding, and is not redone."""
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_fastvlm import Reuse, generate, load, stream_generate
+from mlx_fastvlm.answer import StageClock
+from mlx_fastvlm.errors import FastVLMWarning, ImageError, OptionError
+from mlx_fastvlm.feature_cache import FeatureCache
+from mlx_fastvlm.generate import prefill_prompt
+from mlx_fastvlm.image_content import recognize
+from mlx_fastvlm.options import GenerationOptions
+from mlx_fastvlm.prefix_cache import PrefixCache
+from tests.conftest import GOLDEN
+from tests.tolerances import LOGITS, relative_error
+
+PICTURE = GOLDEN / "images" / "landscape.png"
+OTHER = GOLDEN / "images" / "portrait.png"
+OPTIONS = GenerationOptions(max_tokens=12)
+
+
+def answer(tiny, prompt, images=(PICTURE,), **options):
+    return list(stream_generate(*tiny, prompt, list(images), **({"max_tokens": 12} | options)))
+
+
+def tokens(responses):
+    return [response.token for response in responses]
+
+
+def logits_both_ways(tiny, reuse, prompt, images, options=OPTIONS):
+    """Logits after a prompt from scratch and with `reuse`, and how much of it was known."""
+    ids = tiny[1].tokenize(prompt, len(images))
+    fresh = prefill_prompt(*tiny, ids, images, options, StageClock())
+    with reuse.prefilled(ids, images, options, StageClock()) as reused:
+        assert reused.prompt_tokens == fresh.prompt_tokens == fresh.cache[0].offset == reused.cache[0].offset
+        return fresh.logits, reused.logits, reused.cached_tokens
+
+
+def rows_per_image(tiny):
+    return tiny[0].config.vision_config.num_image_tokens
+
+
+def test_a_second_question_runs_only_its_own_tokens(tiny):
+    reuse = Reuse(*tiny)
+    answer(tiny, "What is this?", reuse=reuse)
+    second = answer(tiny, "How many are there?", reuse=reuse)[-1]
+    ids = tiny[1].tokenize("How many are there?", 1)
+    assert second.cached_tokens > ids.index(-200) + rows_per_image(tiny)
+    assert "encode" not in second.timings and "project" not in second.timings
+    assert second.prompt_tokens == answer(tiny, "How many are there?")[-1].prompt_tokens
+    assert tokens(answer(tiny, "How many are there?", reuse=reuse)) == tokens(answer(tiny, "How many are there?"))
+
+
+@pytest.mark.parametrize(
+    "before, prompt, images",
+    [
+        ([("What is this?", [PICTURE])], "How many are there?", [PICTURE]),
+        ([("What is this?", [PICTURE])], "What is this?", [PICTURE]),
+        ([("What is this?", [PICTURE])], "What is this?", [OTHER]),
+        ([("What is this?", [PICTURE])], "Hello", []),
+        ([("What is this?", [PICTURE, OTHER])], "What is this?", [PICTURE]),
+        ([("What is this?", [PICTURE])], "What is this?", [PICTURE, OTHER]),
+        ([("What is this?", [PICTURE, OTHER])], "And this?", [OTHER, PICTURE]),
+        ([("What is this?", [PICTURE, PICTURE])], "And this?", [PICTURE, PICTURE]),
+        ([("left <image> right <image>?", [PICTURE, OTHER])], "left <image> wrong <image>?", [PICTURE, OTHER]),
+        ([("Hello", []), ("What is this?", [OTHER])], "What is that?", [OTHER]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::mlx_fastvlm.errors.FastVLMWarning")
+def test_reused_and_fresh_logits_are_equal(before, prompt, images, tiny):
+    reuse = Reuse(*tiny)
+    for asked, shown in before:
+        answer(tiny, asked, shown, reuse=reuse)
+    fresh, reused, known = logits_both_ways(tiny, reuse, prompt, images)
+    assert known > 0
+    assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_quantized_keys_and_values_are_reused_for_their_own_kind_only(kv_bits):
+    tiny = load("demo")  # its heads have the 32 channels that quantization needs
+    reuse = Reuse(*tiny)
+    answer(tiny, "What is this?", reuse=reuse)
+    options = GenerationOptions(max_tokens=12, kv_bits=kv_bits)
+    fresh, reused, known = logits_both_ways(tiny, reuse, "What is this?", [PICTURE], options)
+    assert known == 0
+    np.testing.assert_array_equal(np.array(fresh), np.array(reused))
+    fresh, reused, known = logits_both_ways(tiny, reuse, "What is that?", [PICTURE], options)
+    assert known > rows_per_image(tiny)
+    assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+def test_turns_are_known_by_what_the_decoder_saw(tiny):
+    reuse = Reuse(*tiny)
+    first = "".join(response.text for response in answer(tiny, "What is this?", reuse=reuse))
+    turns = [
+        {"role": "user", "content": "What is this?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "Why?"},
+    ]
+    fresh, reused, known = logits_both_ways(tiny, reuse, turns, [PICTURE])
+    assert known >= len(tiny[1].tokenize("What is this?", 1)) - 1 + rows_per_image(tiny)
+    assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+def test_the_constant_beginning_is_known_from_the_start(tiny):
+    ids = tiny[1].tokenize("Hello", 1)
+    assert answer(tiny, "Hello", reuse=Reuse(*tiny))[-1].cached_tokens == ids.index(-200)
+
+
+def test_another_preparation_of_the_same_picture_is_another_picture(tiny):
+    model, processor = tiny
+    processor = type(processor)(processor.tokenizer, processor.image_processor, processor.eos_token_ids)
+    reuse = Reuse(model, processor)
+    padded = answer((model, processor), "What is this?", reuse=reuse)
+    processor.image_processor = dataclasses.replace(processor.image_processor, fit="crop")
+    cropped = answer((model, processor), "What is this?", reuse=reuse)
+    assert "encode" in cropped[-1].timings
+    assert cropped[-1].cached_tokens == processor.tokenize("What is this?", 1).index(-200)  # what comes before it
+    assert tokens(cropped) == tokens(answer((model, processor), "What is this?"))
+    assert tokens(padded) == tokens(answer(tiny, "What is this?"))
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 7])
+def test_an_answer_given_up_leaves_what_can_be_relied_on(stopped_after, tiny):
+    reuse = Reuse(*tiny)
+    responses = stream_generate(*tiny, "What is this?", PICTURE, reuse=reuse, max_tokens=12)
+    for _ in range(stopped_after):
+        next(responses)
+    responses.close()
+    for prompt in ("What is this?", "How many are there?"):
+        fresh, reused, known = logits_both_ways(tiny, reuse, prompt, [PICTURE])
+        assert known > rows_per_image(tiny)
+        assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+def test_an_interruption_in_the_middle_of_a_layer_leaves_what_can_be_relied_on(tiny, monkeypatch):
+    reuse = Reuse(*tiny)
+    responses = stream_generate(*tiny, "What is this?", PICTURE, reuse=reuse, max_tokens=12)
+    for _ in range(3):
+        next(responses)
+    kind = type(tiny[0].make_cache()[0])
+    attend = kind.attend
+
+    def interrupted(self, queries, keys, values, scale):
+        self.offset += 1  # the position is counted, but not written
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "attend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(responses)
+    monkeypatch.setattr(kind, "attend", attend)
+    seen = answer(tiny, "What is this?")
+    turns = [
+        {"role": "user", "content": "What is this?"},
+        {"role": "assistant", "content": "".join(response.text for response in seen)},
+        {"role": "user", "content": "Why?"},
+    ]
+    fresh, reused, known = logits_both_ways(tiny, reuse, turns, [PICTURE])
+    assert known > rows_per_image(tiny)
+    assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+def test_refusals_leave_nothing_and_harm_nothing(tiny, tmp_path):
+    reuse = Reuse(*tiny)
+    with pytest.raises(OptionError, match="context"):
+        answer(tiny, "What is this?", max_tokens=10**6, reuse=reuse)
+    with pytest.raises(ImageError, match="missing.png"):
+        answer(tiny, "What is this?", ["missing.png"], reuse=reuse)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(PICTURE.read_bytes()[:200])
+    with pytest.raises(ImageError):
+        answer(tiny, "What is this?", [broken], reuse=reuse)
+    assert tokens(answer(tiny, "What is this?", reuse=reuse)) == tokens(answer(tiny, "What is this?"))
+
+
+def test_several_images_come_with_a_notice(tiny):
+    with pytest.warns(FastVLMWarning, match="one image"):
+        answer(tiny, "What is this?", [PICTURE, OTHER])
+
+
+class TestRecognize:
+    def test_a_file_is_known_however_it_is_named(self):
+        data = PICTURE.read_bytes()
+        with PICTURE.open("rb") as file:
+            named = [recognize(source) for source in (PICTURE, str(PICTURE), data, memoryview(data), file)]
+        assert len({content.digest for content in named}) == 1
+        assert {content.source for content in named} == {data}
+
+    def test_pixels_are_known_by_their_values(self):
+        picture = Image.open(PICTURE).convert("RGB")
+        array = np.array(picture)
+        first = recognize(array)
+        assert first == recognize(picture) == recognize(array.copy())
+        array[0, 0, 0] ^= 1
+        assert recognize(array) != first
+        assert recognize(picture.resize(picture.size[::-1])) != first
+
+    def test_it_is_a_snapshot(self):
+        array = np.array(Image.open(PICTURE).convert("RGB"))
+        content = recognize(array)
+        before = content.source.tobytes()
+        array[:] = 0
+        assert content.source.tobytes() == before
+
+
+class TestFeatureCache:
+    def features(self, tiny, **options):
+        return FeatureCache(*tiny, **({"max_bytes": 2**20} | options))
+
+    def stages(self, cache, image):
+        clock = StageClock()
+        rows = cache.rows(recognize(image), clock)
+        return rows, set(clock.seconds)
+
+    def test_the_least_recently_used_goes_first(self, tiny):
+        colors = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(3)]
+        one = self.stages(self.features(tiny), colors[0])[0].nbytes
+        cache = self.features(tiny, max_bytes=2 * one)
+        for i in (0, 1, 0, 2):
+            self.stages(cache, colors[i])
+        assert cache.nbytes == 2 * one
+        assert ["encode" in self.stages(cache, colors[i])[1] for i in (0, 2, 1)] == [False, False, True]
+
+    def test_files_serve_another_process_and_only_the_same_weights(self, tiny, tmp_path):
+        rows, stages = self.stages(self.features(tiny, folder=tmp_path), PICTURE)
+        assert "encode" in stages
+        again, stages = self.stages(self.features(tiny, folder=tmp_path), PICTURE)
+        assert "encode" not in stages
+        np.testing.assert_array_equal(np.array(rows), np.array(again))
+        weight = tiny[0].mm_projector[2].weight
+        try:
+            tiny[0].mm_projector[2].weight = weight * 2
+            assert "encode" in self.stages(self.features(tiny, folder=tmp_path), PICTURE)[1]
+        finally:
+            tiny[0].mm_projector[2].weight = weight
+
+    def test_damaged_files_are_made_again(self, tiny, tmp_path):
+        rows, _ = self.stages(self.features(tiny, folder=tmp_path), PICTURE)
+        (file,) = tmp_path.rglob("*.safetensors")
+        whole = file.read_bytes()
+        for damaged in (b"", whole[:50], whole[:-8], b"x" * len(whole)):
+            file.write_bytes(damaged)
+            again, stages = self.stages(self.features(tiny, folder=tmp_path), PICTURE)
+            assert "encode" in stages
+            np.testing.assert_array_equal(np.array(rows), np.array(again))
+            assert file.read_bytes() == whole
+
+    def test_the_folder_is_bounded(self, tiny, tmp_path):
+        self.stages(self.features(tiny, folder=tmp_path), PICTURE)
+        (file,) = tmp_path.rglob("*.safetensors")
+        cache = self.features(tiny, folder=tmp_path, max_folder_bytes=2 * file.stat().st_size)
+        for i in range(4):
+            self.stages(cache, np.full((8, 8, 3), 40 * i, np.uint8))
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+        assert not file.exists()
+
+    def test_a_folder_that_cannot_be_written_is_given_up_with_a_warning(self, tiny, tmp_path):
+        (tmp_path / "file").touch()
+        cache = self.features(tiny, folder=tmp_path / "file")
+        with pytest.warns(FastVLMWarning, match="cannot be kept"):
+            rows, _ = self.stages(cache, PICTURE)
+        assert rows.shape[0] == rows_per_image(tiny)
+        self.stages(cache, OTHER)
+
+
+class TestPrefixCache:
+    def layers(self, tiny, length, fill):
+        model = tiny[0]
+        caches = model.make_cache()
+        config = model.config.text_config
+        rows = mx.full((1, config.num_key_value_heads, length, config.head_dim), fill)
+        for cache in caches:
+            cache.update_and_fetch(rows, rows)
+        return caches
+
+    def test_the_longest_beginning_is_found_and_never_all_of_it(self, tiny):
+        cache = PrefixCache(2**20)
+        cache.keep([1, 2, "a", "a"], self.layers(tiny, 4, 1.0))
+        cache.keep([1, 2, "a", "b", 5], self.layers(tiny, 5, 2.0))
+        for positions, length, value in [
+            ([1, 2, "a", "b", 6], 4, 2.0),
+            ([1, 2, "a", "a"], 3, 1.0),
+            ([1, 2, "a", "a", 7, 8], 4, 1.0),
+            ([9], 0, None),
+            ([1], 0, None),
+        ]:
+            found, known = cache.longest(positions)
+            assert known == length
+            if length:
+                assert {layer.offset for layer in found} == {length}
+                assert found[0].keys.min().item() == found[0].keys.max().item() == value
+
+    def test_what_is_taken_is_the_callers_own(self, tiny):
+        cache = PrefixCache(2**20)
+        cache.keep([1, 2, 3], self.layers(tiny, 3, 1.0))
+        taken, _ = cache.longest([1, 2, 4, 4])
+        extra = mx.full(taken[0].keys[..., :1, :].shape, 9.0)
+        for layer in taken:
+            layer.update_and_fetch(extra, extra)
+        again, known = cache.longest([1, 2, 3, 4])
+        assert known == 3
+        assert again[0].keys.max().item() == 1.0
+
+    def test_a_longer_one_takes_the_place_of_its_beginning(self, tiny):
+        cache = PrefixCache(2**20)
+        cache.keep([1, 2], self.layers(tiny, 2, 1.0))
+        cache.keep([1, 2, 3], self.layers(tiny, 3, 1.0))
+        assert cache.nbytes == sum(layer.nbytes for layer in cache.longest([1, 2, 3, 4])[0])
+
+    def test_the_least_recently_used_goes_first_and_pinned_ones_never(self, tiny):
+        one = sum(layer.copy(3).nbytes for layer in self.layers(tiny, 3, 1.0))
+        cache = PrefixCache(2 * one)
+        cache.keep([0, 0, 0], self.layers(tiny, 3, 0.0), pinned=True)
+        for first in (1, 2):
+            cache.keep([first] * 3, self.layers(tiny, 3, 1.0))
+        cache.longest([1, 1, 1, 1])
+        cache.keep([3, 3, 3], self.layers(tiny, 3, 1.0))
+        assert [cache.longest([first] * 4)[1] for first in (0, 1, 2, 3)] == [3, 3, 0, 3]
+
+
+def test_generate_takes_a_reuse(tiny):
+    reuse = Reuse(*tiny)
+    first, second = (generate(*tiny, "What is this?", PICTURE, reuse=reuse, max_tokens=12) for _ in range(2))
+    assert first == second == generate(*tiny, "What is this?", PICTURE, max_tokens=12)
