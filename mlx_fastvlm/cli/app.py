@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from mlx_fastvlm import __version__
 from mlx_fastvlm.cli import describe, kernels, models
 from mlx_fastvlm.cli.bench import bench
 from mlx_fastvlm.cli.terminal import say
-from mlx_fastvlm.errors import FastVLMError
+from mlx_fastvlm.errors import FastVLMError, FastVLMWarning
 
 _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 # The base of every wrong-usage error. Newer typers carry a copy of click, older ones use click itself; both lead here.
@@ -56,6 +57,7 @@ def _options(
 def main() -> None:
     """Entry point: run the command line, with known errors as one line on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
+    warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
@@ -78,6 +80,12 @@ def main() -> None:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: object) -> None:
+    """A warning of ours as one line, without the place in the code; others as Python shows them."""
+    text = f"Note: {message}\n" if issubclass(category, FastVLMWarning) else None
+    print(text or warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

@@ -11,12 +11,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_fastvlm.cache_folder import cache_home
+from mlx_fastvlm.cli.options import (
+    Choices,
+    FitOption,
+    JsonSchema,
+    KvBits,
+    MaxTokens,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temp,
+    TopK,
+    TopP,
+    answer_form,
+)
+from mlx_fastvlm.cli.statistics import statistics
 from mlx_fastvlm.cli.terminal import DType, Model, Revision, load_model, say
 from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.image_processing import open_image
+from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.loading import DEFAULT_MODEL
+from mlx_fastvlm.options import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
-    from mlx_fastvlm.generate import GenerationResponse
+    from mlx_fastvlm.model import FastVLM
+    from mlx_fastvlm.processor import Processor
+    from mlx_fastvlm.reuse import Reuse
 
 
 class Preset(str, Enum):
@@ -36,11 +58,6 @@ PRESET_PROMPTS = {
 }
 
 
-class Fit(str, Enum):
-    pad = "pad"
-    crop = "crop"
-
-
 def describe(
     image: Annotated[str, typer.Argument(help='Picture: a file, "-" for standard input, or an http(s) URL.')],
     prompt: Annotated[str | None, typer.Argument(help="Your question.", show_default="the preset's")] = None,
@@ -48,32 +65,32 @@ def describe(
     preset: Annotated[
         Preset | None, typer.Option(help="A ready-made question instead of PROMPT.", show_default="describe")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System line in place of FastVLM's own.", show_default=False)
+    more_images: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="A further picture; <image> in PROMPT marks where each goes.", show_default=False),
     ] = None,
-    fit: Annotated[
-        Fit | None,
-        typer.Option(help="Make the picture square by padding (as trained) or by cropping.", show_default="as trained"),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 means all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes draws repeatable.", show_default="random")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End the answer before this text; may be given again.", show_default=False)
-    ] = None,
+    system: System = None,
+    fit: FitOption = None,
+    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    json_schema: JsonSchema = None,
+    choices: Choices = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
     ] = None,
-    kv_bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Hold keys and values in 2, 3, 4, 5, 6 or 8 bits: less memory.", show_default="no quantization"
-        ),
-    ] = None,
+    kv_bits: KvBits = None,
     revision: Revision = None,
+    image_cache: Annotated[
+        bool,
+        typer.Option(
+            "--image-cache", help="Keep what the encoder made of a picture, so that it never encodes it again."
+        ),
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print times by stage and token rates to stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
@@ -82,43 +99,36 @@ def describe(
     \b
     mlx-fastvlm describe photo.jpg
     mlx-fastvlm describe photo.jpg "How many people are there?" --stats
+    mlx-fastvlm describe photo.jpg "Is it day or night?" --choices day,night
+    mlx-fastvlm describe before.png "What changed?" --image after.png
     cat photo.jpg | mlx-fastvlm describe - --preset brief --json
     """
     if prompt is not None and preset is not None:
         raise OptionError("Both a prompt and --preset are given; give one of them.")
     question = PRESET_PROMPTS[preset or Preset.describe] if prompt is None else prompt
 
-    from mlx_fastvlm.generate import check_options, stream_generate
-    from mlx_fastvlm.image_processing import open_image
-    from mlx_fastvlm.image_source import read_image_bytes
+    from mlx_fastvlm.generate import stream_generate
+    from mlx_fastvlm.options import GenerationOptions
 
-    sampling = {
+    options = {
         "max_tokens": max_tokens,
         "temp": temp,
         "top_p": top_p,
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "stop": stop or (),
+        "system": system,
         "kv_bits": kv_bits,
+        **answer_form(json_schema, choices),
     }
-    check_options(**sampling)
-    # A wrong picture should be known before seconds of loading, and its bytes be here before the clock starts.
-    picture = io.BytesIO(read_image_bytes(image))
-    picture.name = image
-    open_image(picture)
-    picture.seek(0)
+    GenerationOptions(**options)
+    pictures = [_read_picture(name) for name in (image, *(more_images or ()))]
     loaded, processor = load_model(model, dtype, revision)
     if fit is not None:
         processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
-    responses = stream_generate(
-        loaded,
-        processor,
-        question,
-        image=picture,
-        stop=stop or (),
-        system=system,
-        **sampling,
-    )
+    reuse = _kept_rows(loaded, processor) if image_cache else None
+    responses = stream_generate(loaded, processor, question, image=pictures, reuse=reuse, **options)
     text = ""
     for response in responses:
         text += response.text
@@ -131,14 +141,29 @@ def describe(
     else:
         say("")
     if stats:
-        print(_statistics(response), file=sys.stderr)
+        print(statistics(response), file=sys.stderr)
+    if response.finish_reason == "length" and json_schema is not None:
+        _check_complete(text, max_tokens)
 
 
-def _statistics(response: GenerationResponse) -> str:
-    stages = ", ".join(f"{stage} {seconds * 1e3:.1f}" for stage, seconds in response.timings.items())
-    return (
-        f"Time to first token: {response.ttft * 1e3:.1f} ms ({stages})\n"
-        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tok/s\n"
-        f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tok/s ({response.finish_reason})\n"
-        f"Peak memory: {response.peak_memory:.3f} GB"
-    )
+def _read_picture(name: str) -> io.BytesIO:
+    """A picture's bytes. A wrong one should be known before seconds of loading, and the rest be here before the clock starts."""
+    picture = io.BytesIO(read_image_bytes(name))
+    picture.name = name
+    open_image(picture)
+    picture.seek(0)
+    return picture
+
+
+def _kept_rows(model: FastVLM, processor: Processor) -> Reuse:
+    from mlx_fastvlm.reuse import Reuse
+
+    return Reuse(model, processor, folder=cache_home() / "image-rows")
+
+
+def _check_complete(text: str, max_tokens: int) -> None:
+    """Raise OptionError if an answer in JSON was cut off."""
+    try:
+        json.loads(text)
+    except ValueError:
+        raise OptionError(f"The answer in JSON did not end within {max_tokens} tokens; raise --max-tokens.") from None
