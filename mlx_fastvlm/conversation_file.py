@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_fastvlm.errors import ConversationError, ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
+from mlx_fastvlm.image_processing import open_image
 from mlx_fastvlm.prompt import IMAGE_MARK
 from mlx_fastvlm.replace_file import replace_file
 
@@ -117,12 +118,15 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _image_object(image: ImageContent) -> dict[str, str]:
-    return {"name": image.name, "base64": base64.b64encode(image.file_bytes()).decode("ascii")}
+def _image_object(image: ImageContent) -> dict[str, Any]:
+    data = base64.b64encode(image.file_bytes()).decode("ascii")
+    return {"name": image.name, "is_file": image.is_file, "base64": data}
 
 
-def _image(stored: dict[str, str]) -> ImageContent:
-    return recognize(base64.b64decode(_text(stored["base64"]), validate=True), name=_text(stored["name"]))
+def _image(stored: dict[str, Any]) -> ImageContent:
+    data = base64.b64decode(_text(stored["base64"]), validate=True)
+    # What was known by its pixels is known by them again.
+    return recognize(data if stored["is_file"] else open_image(data), name=_text(stored["name"]))
 
 
 def _text(value: object) -> str:

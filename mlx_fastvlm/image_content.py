@@ -28,9 +28,14 @@ class ImageContent:
     source: ImageSource = field(compare=False, repr=False)
     name: str = field(compare=False)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is known by a file's bytes rather than by pixels."""
+        return isinstance(self.source, bytes)
+
     def file_bytes(self) -> bytes:
         """The image as a file: its own bytes, or a PNG of the pixels."""
-        if isinstance(self.source, bytes):
+        if self.is_file:
             return self.source
         file = io.BytesIO()
         self.source.save(file, "PNG")
