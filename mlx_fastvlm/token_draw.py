@@ -11,6 +11,7 @@ from mlx_fastvlm.sampling import make_sampler, penalize_repetition
 
 if TYPE_CHECKING:
     from mlx_fastvlm.constraint import Constraint
+    from mlx_fastvlm.processor import Processor
 
 
 class TokenDraw:
@@ -46,7 +47,7 @@ class TokenDraw:
         return token
 
 
-def make_draw(processor, options: GenerationOptions) -> TokenDraw:
+def make_draw(processor: Processor, options: GenerationOptions) -> TokenDraw:
     """The draws that `options` ask for. Raises OptionError if the form cannot be followed by this model."""
     if not options.is_constrained:
         return TokenDraw(options)

@@ -16,6 +16,7 @@ from mlx_fastvlm import __version__, cli
 from tests.conftest import GOLDEN
 
 PICTURE = str(GOLDEN / "images" / "landscape.png")
+OTHER = str(GOLDEN / "images" / "portrait.png")
 
 
 @pytest.fixture
@@ -80,6 +81,33 @@ def test_presets_ask_their_question(preset, run, model):
 def test_fit_changes_what_is_seen(run, model):
     answers = [run("describe", PICTURE, "-m", model, "--fit", fit, "--max-tokens", 12)[1] for fit in ("pad", "crop")]
     assert answers[0] != answers[1]
+
+
+def test_several_pictures_come_with_a_notice(run, model, tiny):
+    import warnings
+
+    from mlx_fastvlm import generate
+
+    arguments = ("-m", model, "--image", OTHER, "--max-tokens", 8)
+    code, out, err = run("describe", PICTURE, "Is <image> like <image>?", *arguments)
+    assert code == 0
+    assert err.startswith("Note: FastVLM was trained on one image") and err.count("\n") == 1
+    with warnings.catch_warnings(action="ignore"):
+        wanted = generate(*tiny, "Is <image> like <image>?", [PICTURE, OTHER], max_tokens=8)
+    assert out == wanted + "\n"
+    record = json.loads(run("describe", PICTURE, *arguments, "--json")[1])
+    assert record["images"] == [PICTURE, OTHER]
+    assert run("describe", PICTURE, "just <image>", *arguments)[0] == 1
+
+
+def test_a_picture_is_encoded_once_with_an_image_cache(run, model):
+    records = [
+        json.loads(run("describe", PICTURE, question, "-m", model, "--max-tokens", 5, "--image-cache", "--json")[1])
+        for question in ("What?", "What?", "Why?")
+    ]
+    assert ["encode" in record["timings"] for record in records] == [True, False, False]
+    plain = json.loads(run("describe", PICTURE, "What?", "-m", model, "--max-tokens", 5, "--json")[1])
+    assert records[0]["text"] == records[1]["text"] == plain["text"]
 
 
 @pytest.mark.parametrize(

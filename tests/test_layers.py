@@ -48,6 +48,13 @@ MAY_IMPORT = {
     "mlx_fastvlm/prompt.py": {"errors", "config"},
     "mlx_fastvlm/sampling.py": {"errors"},
     "mlx_fastvlm/text_stream.py": set(),
+    "mlx_fastvlm/options.py": {"cache", "errors", "sampling"},
+    "mlx_fastvlm/token_draw.py": {"constraint", "options", "processor", "sampling"},
+    "mlx_fastvlm/answer.py": {"options", "processor"},
+    "mlx_fastvlm/prefix_cache.py": {"cache"},
+    "mlx_fastvlm/image_content.py": {"image_processing", "image_source"},
+    "mlx_fastvlm/image_features.py": {"answer", "image_processing", "model", "processor"},
+    "mlx_fastvlm/feature_cache.py": {"answer", "errors", "image_content", "image_features", "model", "processor"},
 }
 # file → parts that it may import beyond its folder's
 MAY_IMPORT_TOO = {

@@ -137,7 +137,8 @@ def describe(
     if as_json:
         last = dataclasses.asdict(response)
         del last["token"]
-        say(json.dumps({"model": model, "image": image, "prompt": question, **last, "text": text}, ensure_ascii=False))
+        images = {"images": [image, *more_images]} if more_images else {"image": image}
+        say(json.dumps({"model": model, **images, "prompt": question, **last, "text": text}, ensure_ascii=False))
     else:
         say("")
     if stats:
