@@ -6,10 +6,12 @@ models/qwen2/modeling_qwen2.py; attribute names equal its keys but for the stack
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fastvlm.cache import Cache, KVCache, QuantizedKVCache
+from mlx_fastvlm.cache import Cache, KVCache, LayerCache, QuantizedKVCache
 from mlx_fastvlm.config import TextConfig
 from mlx_fastvlm.kernels import add_rms_norm, rotary_heads, swiglu, swiglu_feed_forward
 from mlx_fastvlm.layers import Embedding, Linear, QuantizedLinear, product_and_bias
@@ -40,7 +42,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, width)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, cache: Cache) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         """(B, L, hidden) → (B, L, hidden); the L positions follow those in `cache` and are added to it."""
         batch, length, _ = x.shape
         product, bias = product_and_bias(self.qkv_proj, x)
@@ -73,12 +75,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: Cache) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         """(B, L, hidden) → (B, L, hidden), the layer by itself."""
         x, change = self.parts(x, self.input_layernorm(x), cache)
         return x + change
 
-    def parts(self, x: mx.array, normed: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
+    def parts(self, x: mx.array, normed: mx.array, cache: LayerCache) -> tuple[mx.array, mx.array]:
         """The layer but for its last addition, which the next norm does in one pass.
 
         Args:
@@ -111,7 +113,7 @@ class Qwen2(nn.Module):
             return [KVCache() for _ in self.layers]
         return [QuantizedKVCache(kv_bits, self._head_dim) for _ in self.layers]
 
-    def hidden_states(self, inputs_embeds: mx.array, cache: list[Cache]) -> mx.array:
+    def hidden_states(self, inputs_embeds: mx.array, cache: Sequence[LayerCache]) -> mx.array:
         """(B, L, hidden) embeddings → (B, L, hidden) normalized states, extending `cache` by L positions."""
         x = inputs_embeds.astype(self.norm.weight.dtype)
         normed = self.layers[0].input_layernorm(x)

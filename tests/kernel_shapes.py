@@ -66,10 +66,12 @@ def _heads():
         "ragged": (1, 3, 3, 1, 24),
         "tiny": (1, 1, 1, 1, 8),
         "batch": (2, 5, 6, 2, 128),
+        "large batch": (9, 1, 2, 1, 16),
     }.items():
         joint = (heads + 2 * kv_heads) * head_dim
         options = {"heads": heads, "kv_heads": kv_heads, "base": 1e6}
-        yield Case(ROTARY_HEADS, kind, 1, ((batch, length, joint), (joint,)), 37, options)
+        offsets = tuple(37 - 4 * row for row in range(batch))
+        yield Case(ROTARY_HEADS, kind, 1, ((batch, length, joint), (joint,)), offsets, options)
 
 
 def _gates():

@@ -119,6 +119,20 @@ def test_causal_attention(batch, heads, kv_heads, length, positions):
     assert relative_error(found, wanted) < KERNELS["float32"]
 
 
+@pytest.mark.parametrize(
+    "attend", [pytest.param(causal_attention_cpu, marks=needs_cpu_extra), causal_attention_reference]
+)
+@pytest.mark.parametrize("length", [1, 7, 200])
+def test_causal_attention_without_what_stands_before_a_sequence(attend, length):
+    queries, positions, padding = random(3, 4, length, 32), length + 100, [0, 100, 37]
+    keys, values = (random(3, 2, positions, 32, seed=seed) for seed in (1, 2))
+    found = attend(queries, keys, values, 32**-0.5, mx.array(padding, mx.int32))
+    for row, begin in enumerate(padding):
+        alone = (array[row : row + 1, :, begin:] for array in (keys, values))
+        wanted = causal_attention_reference(queries[row : row + 1], *alone, 32**-0.5)
+        assert relative_error(found[row : row + 1], wanted) < KERNELS["float32"]
+
+
 @needs_cpu_extra
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_gelu(scale):

@@ -44,7 +44,9 @@ _DISPATCH: dict[str, Callable[..., tuple[mx.array, ...]]] = {
         linear_gelu(x, weight, bias) if gelu else linear_add(x, weight, bias, extra),
     ),
     "quantized_swiglu": lambda *arrays, **options: (quantized_swiglu(*arrays, **options, mode="affine"),),
-    "rotary_heads": lambda product, bias, offset, **options: rotary_heads(product, bias, offset.item(), **options),
+    "rotary_heads": lambda product, bias, offset, **options: rotary_heads(
+        product, bias, offset.item() if offset.size == 1 else offset, **options
+    ),
     "self_attention": lambda qkv, head_dim: (self_attention(qkv, head_dim),),
     "squeeze_excite": lambda x, w1, b1, w2, b2: (squeeze_excite(x[:, None], (w1, b1), (w2, b2))[:, 0],),
     "swiglu": lambda gate_up: (swiglu(gate_up),),
@@ -65,7 +67,7 @@ class Case:
         count: how often one answer's encode and prefill, or one decoded token, run it.
         shapes: of its floating-point arrays, in the order of the kernel's arguments. Where the options say how many bits,
             the last is a weight's that is quantized so.
-        offset: of the position argument that follows them, if the op has one.
+        offsets: of the argument that follows them, a position for each of the batch, if the op has one.
         options: the kernel's other arguments.
     """
 
@@ -73,7 +75,7 @@ class Case:
     label: str
     count: int
     shapes: tuple[Shape, ...]
-    offset: int | None = None
+    offsets: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,8 +87,8 @@ class Case:
         arrays = [random_array(shape, dtype, seed + index) for index, shape in enumerate(self.shapes)]
         if "bits" in self.options:
             arrays += mx.quantize(arrays.pop(), self.options["group_size"], self.options["bits"])
-        if self.offset is not None:
-            arrays.append(mx.array([self.offset], mx.int32))
+        if self.offsets:
+            arrays.append(mx.array(self.offsets, mx.int32))
         return tuple(arrays)
 
     def run(self, *arrays: mx.array) -> tuple[mx.array, ...]:
@@ -155,7 +157,7 @@ def decoder_cases(text: TextConfig, tokens: int, offset: int, gate_up: Storage |
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     joint = (heads + 2 * kv_heads) * text.head_dim
     options = {"heads": heads, "kv_heads": kv_heads, "base": text.rope_theta}
-    yield Case(ROTARY_HEADS, _size(tokens, joint), layers, ((1, tokens, joint), (joint,)), offset, options)
+    yield Case(ROTARY_HEADS, _size(tokens, joint), layers, ((1, tokens, joint), (joint,)), (offset,), options)
     stacked = 2 * text.intermediate_size
     yield Case(SWIGLU, _size(tokens, stacked), layers, ((tokens, stacked),))
     if gate_up is not None and gate_up.mode == "affine":

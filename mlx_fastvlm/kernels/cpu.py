@@ -186,17 +186,31 @@ def weight(stored: mx.array) -> np.ndarray:
 
 
 def attend(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, out: np.ndarray, scale: float, causal: bool
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    out: np.ndarray,
+    scale: float,
+    causal: bool,
+    padding: np.ndarray | None = None,
 ) -> None:
     """out = softmax(scale · q kᵀ) v on all cores: queries, out (B, heads, L, D), keys, values (B, its heads, N, D).
 
     Numbers of a row lie side by side. With `causal` the queries are the last L of N positions and see none after them.
+    `padding` (B,): how many of the first positions are none; at least one more stands before the first query's end.
     """
+    padding = np.zeros(len(queries), np.int64) if padding is None else padding.astype(np.int64)
     sgemm = ctypes.cast(blas.openblas().scipy_cblas_sgemm, ctypes.c_void_p).value
-    arguments = sgemm, queries, keys, values, out, np.float32(scale), causal
-    blocks = queries.shape[0] * queries.shape[1] * -(-queries.shape[2] // attention_loops().QUERIES)
+    batch, heads, length, _ = queries.shape
+    arrays = sgemm, queries, keys, values, out, np.float32(scale)
+    loops = attention_loops()
     with _one_thread_in_blas, blas.one_thread():
-        in_blocks(lambda start, stop: attention_loops().attend(*arguments, start, stop), blocks, blocks)
+        if length == 1:
+            blocks = batch * keys.shape[1]
+            in_blocks(lambda start, stop: loops.attend_once(*arrays, padding, start, stop), blocks, blocks)
+        else:
+            blocks = batch * heads * -(-length // loops.QUERIES)
+            in_blocks(lambda start, stop: loops.attend(*arrays, causal, padding, start, stop), blocks, blocks)
 
 
 @functools.cache

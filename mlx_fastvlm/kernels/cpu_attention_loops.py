@@ -52,12 +52,16 @@ def _sgemm(function, transpose_b, a, b, out):
 _HEADS = types.float32[:, :, :, :]  # of any strides
 
 
-@njit(types.void(types.intp, *[_HEADS] * 4, types.float32, types.boolean, types.intp, types.intp), **JIT)
-def attend(sgemm, queries, keys, values, out, scale, causal, start, stop):
+_PADDING = types.int64[::1]
+
+
+@njit(types.void(types.intp, *[_HEADS] * 4, types.float32, types.boolean, _PADDING, types.intp, types.intp), **JIT)
+def attend(sgemm, queries, keys, values, out, scale, causal, padding, start, stop):
     """Blocks [start, stop) of out = softmax(scale · q kᵀ) v; block i is of head i // (blocks a head).
 
     queries, out (B, heads, L, D), keys, values (B, key/value heads, N, D), all possibly strided. With `causal` the
-    queries are the last L of N positions and see none after their own.
+    queries are the last L of N positions and see none after their own. No query sees the first padding[b] positions;
+    padding (B,) leaves each query at least one.
     sgemm: address of a single-threaded cblas_sgemm.
     """
     heads, length, positions = queries.shape[1], queries.shape[2], keys.shape[2]
@@ -66,9 +70,29 @@ def attend(sgemm, queries, keys, values, out, scale, causal, start, stop):
     for block in range(start, stop):
         image, head, first = block // parts // heads, block // parts % heads, block % parts * QUERIES
         last = min(length, first + QUERIES)
-        seen = positions - length + first + 1 if causal else positions  # by the first query
-        kept = min(positions, seen + last - first - 1)  # no query of the block sees more
+        begin = padding[image]
+        seen = positions - length + first + 1 if causal else positions  # the first query sees those before this one
+        end = min(positions, seen + last - first - 1)  # and no query of the block any from this one on
+        kept = end - begin
         scores = memory[: (last - first) * kept].reshape(last - first, kept)
-        _sgemm(sgemm, _TRANS, queries[image, head, first:last], keys[image, head // sharing, :kept], scores)
-        softmax(scores, scale, seen)
-        _sgemm(sgemm, _NO_TRANS, scores, values[image, head // sharing, :kept], out[image, head, first:last])
+        _sgemm(sgemm, _TRANS, queries[image, head, first:last], keys[image, head // sharing, begin:end], scores)
+        softmax(scores, scale, seen - begin)
+        _sgemm(sgemm, _NO_TRANS, scores, values[image, head // sharing, begin:end], out[image, head, first:last])
+
+
+@njit(types.void(types.intp, *[_HEADS] * 4, types.float32, _PADDING, types.intp, types.intp), **JIT)
+def attend_once(sgemm, queries, keys, values, out, scale, padding, start, stop):
+    """`attend` for one query position a head: those that share keys are the rows of one product.
+
+    Block i is of key/value head i % (key/value heads).
+    """
+    kv_heads, positions = keys.shape[1], keys.shape[2]
+    sharing = queries.shape[1] // kv_heads
+    memory = np.empty(sharing * positions, np.float32)
+    for block in range(start, stop):
+        image, kv_head = block // kv_heads, block % kv_heads
+        heads, begin = slice(kv_head * sharing, (kv_head + 1) * sharing), padding[image]
+        scores = memory[: sharing * (positions - begin)].reshape(sharing, positions - begin)
+        _sgemm(sgemm, _TRANS, queries[image, heads, 0], keys[image, kv_head, begin:], scores)
+        softmax(scores, scale, positions)
+        _sgemm(sgemm, _NO_TRANS, scores, values[image, kv_head, begin:], out[image, heads, 0])

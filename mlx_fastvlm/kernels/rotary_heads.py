@@ -27,7 +27,7 @@ KERNEL = GpuKernel(
         const float a = float(T(float(product[from]) + float(bias[head * WIDTH + pair])));
         const float b = float(T(float(product[from + HALF]) + float(bias[head * WIDTH + pair + HALF])));
         if (head < QUERIES + KEYS) {
-            const float angle = float(offset[0] + position) * metal::exp2(-(float(pair) / float(HALF)) * log2_base[0]);
+            const float angle = float(offset[batch] + position) * metal::exp2(-(float(pair) / float(HALF)) * log2_base[0]);
             const float c = metal::cos(angle), s = metal::sin(angle);
             const T first = T(a * c - b * s), second = T(a * s + b * c);
             if (head < QUERIES) {
@@ -51,13 +51,15 @@ KERNEL = GpuKernel(
 Heads = tuple[mx.array, mx.array, mx.array]
 
 
-def rotary_heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_heads: int, base: float) -> Heads:
+def rotary_heads(
+    product: mx.array, bias: mx.array, offset: int | mx.array, heads: int, kv_heads: int, base: float
+) -> Heads:
     """Queries, keys and values of each head; queries and keys turned by their positions (Su et al., arXiv 2104.09864).
 
     Args:
         product: (B, L, (heads + 2 · kv_heads) · head_dim), the joint projection without its bias.
         bias: as long as a row of `product`.
-        offset: position of the first of the L rows.
+        offset: position of the first of the L rows, for all of the batch or (B,) int32 for each.
         heads, kv_heads: of queries; of keys and of values.
         base: of the rotary embedding (theta).
 
@@ -65,10 +67,11 @@ def rotary_heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_
         Queries (B, heads, L, head_dim), keys and values (B, kv_heads, L, head_dim).
     """
     options = {"heads": heads, "kv_heads": kv_heads, "base": base}
-    fused = OP.run(product, bias, mx.array([offset], mx.int32), **options)
+    offsets = mx.array([offset] * len(product), mx.int32) if isinstance(offset, int) else offset
+    fused = OP.run(product, bias, offsets, **options)
     if fused is not None:
         return fused
-    if cpu.is_decode_row(product):
+    if isinstance(offset, int) and cpu.is_decode_row(product):
         return rotary_heads_cpu(product, bias, offset, **options)
     return _heads(product, bias, offset, **options)
 
@@ -76,14 +79,14 @@ def rotary_heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_
 def rotary_heads_metal(
     product: mx.array, bias: mx.array, offset: mx.array, launch: Launch, heads: int, kv_heads: int, base: float
 ) -> Heads:
-    """`rotary_heads` as one Metal kernel, offset (1,) int32; `launch` from `launches`."""
+    """`rotary_heads` as one Metal kernel, offset (B,) int32; `launch` from `launches`."""
     return _launch(KERNEL.metal, product, bias, offset, launch, heads, kv_heads, base)
 
 
 def rotary_heads_cuda(
     product: mx.array, bias: mx.array, offset: mx.array, launch: Launch, heads: int, kv_heads: int, base: float
 ) -> Heads:
-    """`rotary_heads` as one CUDA kernel, offset (1,) int32; `launch` from `launches`."""
+    """`rotary_heads` as one CUDA kernel, offset (B,) int32; `launch` from `launches`."""
     return _launch(KERNEL.cuda, product, bias, offset, launch, heads, kv_heads, base)
 
 
@@ -109,8 +112,8 @@ def _turns(half: int, base: float, position: int) -> tuple[np.ndarray, np.ndarra
 def rotary_heads_reference(
     product: mx.array, bias: mx.array, offset: mx.array, heads: int, kv_heads: int, base: float
 ) -> Heads:
-    """`rotary_heads` in plain MLX ops, offset (1,) int32."""
-    return _heads(product, bias, offset.item(), heads, kv_heads, base)
+    """`rotary_heads` in plain MLX ops, offset (B,) int32."""
+    return _heads(product, bias, offset, heads, kv_heads, base)
 
 
 def launches(
@@ -123,7 +126,7 @@ def launches(
     return [{"heads": count} for count in (2, 1, 4, 8)]
 
 
-def _heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_heads: int, base: float) -> Heads:
+def _heads(product: mx.array, bias: mx.array, offset: int | mx.array, heads: int, kv_heads: int, base: float) -> Heads:
     batch, length, width = product.shape
     all_heads = heads + 2 * kv_heads
     split = (product + bias).reshape(batch, length, all_heads, width // all_heads).transpose(0, 2, 1, 3)
@@ -135,8 +138,9 @@ def _heads(product: mx.array, bias: mx.array, offset: int, heads: int, kv_heads:
 
 
 def _sample(product: mx.array, bias: mx.array, offset: mx.array, **options) -> tuple[mx.array, ...]:
-    rows = random_array((1, 3, product.shape[-1]), product.dtype, 0)
-    return rows, random_array(bias.shape, product.dtype, 1), mx.array([7], mx.int32)
+    batch = min(len(product), 8)  # MLX declares eight offsets or more in another way than fewer
+    rows = random_array((batch, 3, product.shape[-1]), product.dtype, 0)
+    return rows, random_array(bias.shape, product.dtype, 1), mx.arange(7, 7 + batch, dtype=mx.int32)
 
 
 def _launch(run, product, bias, offset, launch: Launch, heads: int, kv_heads: int, base: float) -> Heads:

@@ -137,7 +137,7 @@ def _ragged_rows() -> Iterator[Case]:
         yield Case(SELF_ATTENTION, f"ragged {_size(shape)}", 1, (shape,), options={"head_dim": 32})
     yield Case(ADD_RMS_NORM, "ragged 3x900", 1, ((3, 900), (3, 900), (900,)), options={"eps": 1e-6})
     heads = {"heads": 3, "kv_heads": 1, "base": 1e4}
-    yield Case(ROTARY_HEADS, "ragged 2x5x100", 1, ((2, 5, 100), (100,)), offset=33, options=heads)
+    yield Case(ROTARY_HEADS, "ragged 2x5x100", 1, ((2, 5, 100), (100,)), offsets=(33, 2), options=heads)
     yield Case(SWIGLU, "ragged 3x72", 1, ((3, 72),))
     weights = ((76, 44), (76,))
     for residual, extra in ((False, (76,)), (True, (70, 76))):
