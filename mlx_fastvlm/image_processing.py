@@ -2,7 +2,7 @@
 
 Two calls, so that each can be timed: `open_image` decodes, `ImageProcessor.preprocess` does the rest.
 The pixels equal those of LLaVA's expand2square followed by transformers' CLIPImageProcessor, bit for bit.
-The only module that imports PIL.
+The only module that imports PIL. HEIC images and PDF pages need the extra `formats`, loaded when one is met.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mlx_fastvlm.errors import ConfigError, ImageError, OptionError
-from mlx_fastvlm.image_source import FileSource, read_image_bytes, source_name
+from mlx_fastvlm.image_source import FileSource, named_page, read_image_bytes, source_name
+from mlx_fastvlm.pdf_pages import is_pdf, render_page
 
 ImageSource = FileSource | Image.Image | np.ndarray
 Background = Literal["white", "black"]
@@ -35,11 +36,8 @@ _warnings_lock = threading.Lock()
 
 # First bytes of files that people mistake for images: offset, bytes, what it is, what to do.
 _NOT_IMAGES = (
-    (0, b"%PDF", "a PDF document", "export the page as PNG"),
     (0, b"%!PS", "a PostScript file", "export it as PNG"),
     (0, b"\xc5\xd0\xd3\xc6", "a PostScript file", "export it as PNG"),
-    (4, b"ftyphe", "a HEIC image", "export it as JPEG, or register the pillow-heif package with Pillow"),
-    (4, b"ftypmif1", "a HEIC image", "export it as JPEG, or register the pillow-heif package with Pillow"),
     (4, b"ftypavif", "an AVIF image", "export it as JPEG, or update Pillow to 11.3 or later"),
     (4, b"ftyp", "a video", "save one frame as PNG"),
     (0, b"PK\x03\x04", "a zip archive or office document", "extract the image from it"),
@@ -49,6 +47,7 @@ _NOT_IMAGES = (
     (0, b"<!doctype html", "a web page", "save the image itself"),
     (0, b"<html", "a web page", "save the image itself"),
 )
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # of ISO/IEC 23008-12
 _IMAGES = (
     (0, b"\x89PNG", "PNG"),
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -64,7 +63,8 @@ def open_image(source: ImageSource, *, background: Background = "white") -> Imag
     """Decode an image completely, upright, as RGB.
 
     - The EXIF orientation is applied; damaged EXIF data is ignored.
-    - Animations and multi-page files give their first frame.
+    - Animations and multi-page TIFF files give their first frame. A PDF document gives its first page, or the one that
+      its name ends with, as in "paper.pdf#page=3", drawn so that the longer side has `pdf_pages.LONG_SIDE` pixels.
     - Transparent pixels are laid over `background`. White by default: what is mostly transparent is dark ink made for
       a white page (logos, diagrams, formulas), and dropping the alpha channel instead, as LLaVA does, shows whatever
       color happens to lie under the transparent pixels, usually black on black.
@@ -92,7 +92,7 @@ def open_image(source: ImageSource, *, background: Background = "white") -> Imag
     elif isinstance(source, np.ndarray):
         image = _from_array(source)
     else:
-        image = _read_header(read_image_bytes(source), name)
+        image = _read_header(read_image_bytes(source), name, named_page(source))
     _check_size(image, name)
     try:
         # No Image.draft: decoding a JPEG at half size is faster, but its pixels are not those of a full decode.
@@ -274,8 +274,22 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
 
 
-def _read_header(data: bytes, name: str) -> Image.Image:
-    """Recognize the format and read the size, but no pixels.
+def _read_header(data: bytes, name: str, page: int | None) -> Image.Image:
+    """Recognize the format and read the size, but no pixels; a PDF document's page is drawn."""
+    image = _read_pillow_header(data, name)
+    if image is None and is_pdf(data):
+        return Image.fromarray(render_page(data, 1 if page is None else page, name))
+    if page is not None and page != 1:
+        raise ImageError(f"{name} is no PDF document, so it has no page {page}: leave out #page={page}.")
+    if image is None and data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+        return _read_heic_header(data, name)
+    if image is None:
+        raise _not_readable(data, name)
+    return image
+
+
+def _read_pillow_header(data: bytes, name: str) -> Image.Image | None:
+    """What one of Pillow's formats, or of those registered with it, makes of the bytes; None if they are of none.
 
     Does what Image.open does. That function warns at 89 and refuses at 179 megapixels, limits that only a global
     variable can change, and runs Ghostscript on PostScript.
@@ -293,11 +307,26 @@ def _read_header(data: bytes, name: str) -> Image.Image:
                     continue  # how a format says that the file is not its own
                 except Exception as error:  # it is, but damaged, which may raise nearly any type
                     raise _damaged(name, format_name, error) from error
+    return None
+
+
+def _read_heic_header(data: bytes, name: str) -> Image.Image:
+    try:
+        from pillow_heif import HeifImageFile  # here, because most runs see no HEIC image and it takes 40 ms
+    except ImportError:
+        raise ImageError(f"{name} is a HEIC image: run `pip install 'mlx-fastvlm[formats]'` to read it.") from None
+    try:
+        return HeifImageFile(io.BytesIO(data), "")
+    except Exception as error:  # as Pillow's own formats
+        raise _damaged(name, "HEIC", error) from error
+
+
+def _not_readable(data: bytes, name: str) -> ImageError:
     for offset, magic, format_name in _IMAGES:
         if data.startswith(magic, offset):
-            raise ImageError(f"{name} begins like a {format_name} image, but is damaged or cut off: get a new copy.")
+            return ImageError(f"{name} begins like a {format_name} image, but is damaged or cut off: get a new copy.")
     what, advice = _not_an_image(data) or ("not an image that Pillow can read", "convert it to PNG or JPEG")
-    raise ImageError(f"{name} is {what}: {advice}.")
+    return ImageError(f"{name} is {what}: {advice}.")
 
 
 def _not_an_image(data: bytes) -> tuple[str, str] | None:
@@ -326,12 +355,12 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 def _damaged(name: str, format_name: str | None, error: Exception) -> ImageError:
     what = f"{format_name} image" if format_name else "image"
-    reason = str(error) or type(error).__name__
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"{name} is too large to decode ({reason}): make it smaller.")
     if isinstance(error, MemoryError):
         return ImageError(f"{name} does not fit into memory: make it smaller.")
-    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+    if isinstance(error, EOFError) or "truncated" in reason.lower() or "end of file" in reason.lower():
         return ImageError(f"{name} is cut off: the {what} ends too early ({reason}). Get a complete copy.")
     return ImageError(f"{name} is damaged: the {what} cannot be decoded ({reason}). Get a new copy.")
 

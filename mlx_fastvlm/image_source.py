@@ -38,7 +38,8 @@ def read_image_bytes(source: FileSource, *, stdin: BinaryIO | None = None) -> by
 
     Args:
         source: one of
-            a path (`~` is expanded), at most `MAX_FILE_BYTES`;
+            a path (`~` is expanded), at most `MAX_FILE_BYTES`; "paper.pdf#page=3" is the file paper.pdf unless a file
+            has that very name;
             "-" for standard input, at most `MAX_FILE_BYTES`;
             an http:// or https:// URL, at most `MAX_DOWNLOAD_BYTES` and `DOWNLOAD_SECONDS`;
             a data: URL, as chat clients send;
@@ -82,10 +83,25 @@ def source_name(source: object) -> str:
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 3] + "..."
 
 
+def named_page(source: object) -> int | None:
+    """The page that a path, URL or open file's name ends with, as in "paper.pdf#page=3"; None if it names none."""
+    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
+    return split_page(name)[1] if isinstance(name, (str, os.PathLike)) else None
+
+
+def split_page(name: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """A path or URL without its page, and the page. A file that has the whole of it as its name is no page."""
+    path = os.fspath(name)
+    match = re.fullmatch(r"(.+)#page=([0-9]{1,9})", path, re.DOTALL) if isinstance(path, str) else None
+    if match is None or os.path.lexists(os.path.expanduser(path)):
+        return path, None
+    return match[1], int(match[2])
+
+
 def _read_path(path: str | os.PathLike[str]) -> bytes:
     name = source_name(path)
     try:
-        with open(os.path.expanduser(path), "rb") as file:
+        with open(os.path.expanduser(split_page(path)[0]), "rb") as file:
             return _join_within(iter(lambda: file.read(_CHUNK_BYTES), b""), MAX_FILE_BYTES, name)
     except FileNotFoundError:
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}"

@@ -2,10 +2,12 @@
 
 import io
 import struct
+import sys
 import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,11 +295,9 @@ def png_header(width, height):
     ("source", "expected"),
     [
         (b"", "is empty"),
-        (b"%PDF-1.7 ...", "a PDF document: export the page as PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "a PostScript file"),
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (b"<?xml version='1.0'?>\n<svg xmlns='...'/>", "an SVG drawing"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "a video"),
         (b"PK\x03\x04" + bytes(50), "a zip archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "run `git lfs pull`"),
@@ -367,6 +367,139 @@ def test_threads_leave_the_warning_filters_as_they_were():
     with ThreadPoolExecutor(8) as pool:
         assert all(image.size == (50, 50) for image in pool.map(open_image, sources))
     assert warnings.filters == before
+
+
+# HEIC, AVIF and PDF
+
+
+def heic(image, **options):
+    file = io.BytesIO()
+    pytest.importorskip("pillow_heif").from_pillow(image).save(file, **options)
+    return file.getvalue()
+
+
+def pdf(*images, **options):
+    pytest.importorskip("pypdfium2")
+    return encode(images[0], "PDF", save_all=True, append_images=images[1:], **options)
+
+
+@pytest.mark.parametrize(
+    ("start", "what"), [(b"%PDF-1.7 ...", "a PDF document"), (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image")]
+)
+def test_the_missing_extra_is_named(start, what, monkeypatch):
+    for package in ("pillow_heif", "pypdfium2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImageError, match=what) as caught:
+        open_image(start)
+    assert "run `pip install 'mlx-fastvlm[formats]'`" in str(caught.value)
+
+
+def test_heic_opens_upright_as_rgb():
+    colors = Image.new("RGB", (64, 32), "red")
+    colors.paste("blue", (32, 0, 64, 32))
+    image = open_image(heic(colors, quality=100))
+    assert (image.size, image.mode) == ((64, 32), "RGB")
+    np.testing.assert_allclose(image.getpixel((5, 5)), (255, 0, 0), atol=12)
+    np.testing.assert_allclose(image.getpixel((60, 5)), (0, 0, 255), atol=12)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # what a phone held upright writes
+    turned = heic(colors.rotate(90, expand=True), quality=100, exif=exif.tobytes())
+    np.testing.assert_allclose(np.asarray(open_image(turned)), np.asarray(image), atol=12)
+
+
+def test_heic_brand_of_any_heif_image():
+    data = heic(Image.new("RGB", (64, 32), "red"))
+    assert open_image(data[:8] + b"mif1" + data[12:]).size == (64, 32)
+
+
+def test_heic_with_transparency_shows_the_background():
+    data = heic(Image.new("RGBA", (64, 64), (10, 20, 30, 0)))
+    np.testing.assert_allclose(pixel(data), (255, 255, 255), atol=8)
+
+
+def test_avif_opens_with_pillow_alone():
+    if "AVIF" not in Image.SAVE:
+        Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow is built without AVIF")
+    image = open_image(encode(Image.new("RGB", (64, 32), "red"), "AVIF"))
+    assert image.size == (64, 32)
+    np.testing.assert_allclose(image.getpixel((5, 5)), (255, 0, 0), atol=12)
+
+
+def test_pdf_pages_are_drawn_on_white_with_bounded_sides():
+    wide, tall = Image.new("RGB", (600, 300), "red"), Image.new("RGB", (30, 90), "blue")
+    image = open_image(pdf(wide, tall))
+    assert (image.size, image.mode) == ((2048, 1024), "RGB")
+    np.testing.assert_allclose(image.getpixel((9, 9)), (255, 0, 0), atol=4)
+    empty = b"".join(
+        (
+            b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n",
+            b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 10 90000]>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF",
+        )
+    )
+    image = open_image(b"\n junk " + empty)  # as mail programs leave it
+    assert image.size == (1, 2048) and image.getpixel((0, 9)) == (255, 255, 255)
+
+
+def test_a_pdf_page_is_named_by_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("two.pdf")
+    path.write_bytes(pdf(Image.new("RGB", (60, 30), "red"), Image.new("RGB", (30, 60), "blue")))
+    assert open_image(path).size == open_image(f"{path}#page=1").size == (2048, 1024)
+    assert open_image(f"{path}#page=2").size == (1024, 2048)
+    named = io.BytesIO(path.read_bytes())
+    named.name = "two.pdf#page=2"
+    assert open_image(named).size == (1024, 2048)
+    for page in (0, 3):
+        with pytest.raises(ImageError, match=rf"two.pdf#page={page} has 2 pages; page {page} does not exist"):
+            open_image(f"{path}#page={page}")
+    Path("two.pdf#page=2").write_bytes(encode(Image.new("RGB", (5, 4)), "PNG"))
+    assert open_image(f"{path}#page=2").size == (5, 4)  # a file of that very name
+    Image.new("RGB", (5, 4)).save("picture.png")
+    assert open_image("picture.png#page=1").size == (5, 4)
+    with pytest.raises(ImageError, match="is no PDF document, so it has no page 2"):
+        open_image("picture.png#page=2")
+
+
+ENCRYPTED_PDF = (  # a user password that nobody knows
+    b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
+    b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 10 10]>>endobj\n"
+    b"4 0 obj<</Filter/Standard/V 1/R 2/P -4/O<" + b"41" * 32 + b">/U<" + b"42" * 32 + b">>>endobj\n"
+    b"trailer<</Root 1 0 R/Encrypt 4 0 R/ID[<00><00>]>>\n%%EOF"
+)
+
+
+def test_pdfs_that_cannot_be_read():
+    whole = pdf(Image.fromarray(noise(90, 90)))
+    for data, expected in (
+        (ENCRYPTED_PDF, "is encrypted: save a copy of it without a password"),
+        (b"%PDF-1.7 ...", "is damaged: the PDF document cannot be read"),
+        (whole[:300], "is damaged"),
+    ):
+        with pytest.raises(ImageError) as caught:
+            open_image(data)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [heic, pdf])
+def test_damaged_heic_and_pdf_never_escape_as_another_exception(make):
+    rng = np.random.default_rng(0)
+    data = np.frombuffer(make(Image.fromarray(noise(20, 20))), np.uint8)
+    for _ in range(40):
+        damaged = data.copy()
+        damaged[rng.integers(0, min(400, len(data)), 6)] = rng.integers(0, 256, 6)
+        for attempt in (damaged.tobytes(), data[: rng.integers(12, len(data) * 9 // 10)].tobytes()):
+            try:
+                assert open_image(attempt).mode == "RGB"
+            except ImageError as error:
+                assert "\n" not in str(error)
+
+
+def test_pdf_pages_from_many_threads():
+    data = pdf(Image.new("RGB", (60, 30), "red"))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(image.size == (2048, 1024) for image in pool.map(open_image, [data] * 24))
 
 
 # Configuration

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_fastvlm import image_source
 from mlx_fastvlm.errors import ImageError
-from mlx_fastvlm.image_source import read_image_bytes, source_name
+from mlx_fastvlm.image_source import named_page, read_image_bytes, source_name
 
 DATA = b"\x89PNG and whatever follows"
 
@@ -100,6 +100,21 @@ def test_every_kind_of_source_gives_the_same_bytes(tmp_path, monkeypatch, site):
     assert read_image_bytes("-", stdin=io.BytesIO(DATA)) == DATA
     with open(path, "rb") as file:
         assert read_image_bytes(file) == DATA
+
+
+def test_a_page_at_the_end_of_a_name(tmp_path):
+    path = tmp_path / "a.pdf"
+    path.write_bytes(DATA)
+    assert read_image_bytes(f"{path}#page=12") == read_image_bytes(Path(f"{path}#page=12")) == DATA
+    assert named_page(f"{path}#page=12") == named_page("https://example.org/a.pdf#page=12") == 12
+    for nameless in (path, f"{path}#page=x", f"{path}#page=", "#page=3", DATA, io.BytesIO(DATA), None):
+        assert named_page(nameless) is None, nameless
+    literal = tmp_path / "a.pdf#page=12"
+    literal.write_bytes(b"its own")
+    assert read_image_bytes(str(literal)) == b"its own"
+    with open(literal, "rb") as file:
+        assert named_page(literal) is named_page(file) is None
+    assert "There is no file" in error_of(f"{tmp_path}/b.pdf#page=2")
 
 
 def test_dash_reads_the_process_standard_input():
