@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "mlx_fastvlm/config.py": {"errors", "json_file", "quantization"},
     "mlx_fastvlm/layers.py": {"kernels", "quantization"},
     "mlx_fastvlm/cache.py": {"errors", "kernels"},
+    "mlx_fastvlm/batch_cache.py": {"cache", "kernels"},
+    "mlx_fastvlm/read_ahead.py": set(),
     "mlx_fastvlm/blas.py": set(),
     "mlx_fastvlm/cache_folder.py": set(),
     "mlx_fastvlm/replace_file.py": set(),

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mlx_fastvlm import __version__
-from mlx_fastvlm.cli import describe, kernels, models
+from mlx_fastvlm.cli import chat, describe, kernels, models
 from mlx_fastvlm.cli.bench import bench
 from mlx_fastvlm.cli.terminal import say
 from mlx_fastvlm.errors import FastVLMError, FastVLMWarning
@@ -24,13 +24,13 @@ _UsageErrors = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="mlx-fastvlm",
-    help="Run Apple's FastVLM on MLX: describe pictures, convert checkpoints.",
+    help="Run Apple's FastVLM on MLX: describe pictures, chat about them, caption folders, convert checkpoints.",
     epilog="Start without any download: mlx-fastvlm describe examples/shapes-two.png --model demo",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 for _command in (
-    describe.describe, models.convert, models.quantize, models.fidelity, models.verify, models.info,
+    describe.describe, chat.chat, models.convert, models.quantize, models.fidelity, models.verify, models.info,
     kernels.tune, kernels.selftest,
 ):  # fmt: skip
     app.command()(_command)
