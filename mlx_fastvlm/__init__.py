@@ -6,6 +6,8 @@ print(generate(model, processor, "Describe this image.", image="img.png"))
 """
 
 from mlx_fastvlm.answer import GenerationResponse
+from mlx_fastvlm.batch_generate import BatchGenerator
+from mlx_fastvlm.captioning import Caption, caption_images
 from mlx_fastvlm.conversation import Conversation
 from mlx_fastvlm.errors import FastVLMError
 from mlx_fastvlm.generate import generate, generate_step, stream_generate
@@ -16,11 +18,14 @@ from mlx_fastvlm.reuse import Reuse
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchGenerator",
+    "Caption",
     "Conversation",
     "FastVLMError",
     "GenerationOptions",
     "GenerationResponse",
     "Reuse",
+    "caption_images",
     "generate",
     "generate_step",
     "load",

@@ -27,8 +27,9 @@ class GenerationResponse:
         peak_memory: most memory MLX has held, in GB (10⁹ bytes).
         finish_reason: "stop" or "length" on the last response, None before.
         timings: seconds by stage up to the first token: tokenize, decode, resize, encode, project (with images),
-            prefill, first_token; with `reuse`, recognize (images) too. A stage that was not needed is not there. They
-            add up to ttft.
+            prefill, first_token; with `reuse`, recognize (images) too. In a batch there is wait, for a place and for the
+            others' prefill, and encode is the whole group's, projection included. A stage that was not needed is not
+            there. They add up to ttft.
     """
 
     text: str

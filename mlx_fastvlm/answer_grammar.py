@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.json_schema import close_objects, ending_bound, parse_schema, patterns
+from mlx_fastvlm.json_schema import ending_bound, keyword_values, narrow, parse_schema
 from mlx_fastvlm.shortest_ending import EndingSearch, Place
 
 if TYPE_CHECKING:
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 MAX_CHOICE_BYTES = 2**18  # all choices together
 END_BYTE = 256  # the token behind the 256 bytes that ends an answer
 
-_EXAMPLE_EFFORT = 200  # points to look at for one text that a pattern asks for
+# Points a search may go on from (about 100 µs each): for an ending that must be found, and for a pattern's example.
+FIRST_EFFORT = 2000
+_EXAMPLE_EFFORT = 200
+
+# Formats in which free text is followed by something certain, which a search does not find by itself.
+_FORMAT_EXAMPLES = {"email": "a@a.a", "uri": "a:a"}
+
+_KEPT = 16  # grammars, for answers to come: a batch asks for the same form again and again
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class Grammar:
         """What follows the grammar, at the beginning of an answer. Raises OptionError if it cannot be followed."""
         return _matcher(vocabulary, self.text, self.name)
 
+    @cached_property
+    def shortest_answer(self) -> bytes | None:
+        """A shortest answer, or None if the search found none within its effort."""
+        return self.search.shortest(self.matcher(byte_vocabulary()), Place(), FIRST_EFFORT)
+
 
 def schema_grammar(json_schema: Mapping[str, Any] | str | bool) -> Grammar:
     """Answers that are compact JSON and follow a schema.
@@ -53,19 +65,31 @@ def schema_grammar(json_schema: Mapping[str, Any] | str | bool) -> Grammar:
     Raises:
         OptionError: the schema is malformed or cannot be followed.
     """
+    return _schema_grammar(json.dumps(parse_schema(json_schema)))
+
+
+@lru_cache(_KEPT)
+def _schema_grammar(text: str) -> Grammar:
     name = "The JSON schema"
-    schema = parse_schema(json_schema)
+    schema = json.loads(text)
     _matcher(byte_vocabulary(), _compact_json(schema), name)  # judges the schema: what follows may trust its form
-    close_objects(schema)
-    words = [word for pattern in patterns(schema) for word in _words_for(pattern)]
+    narrow(schema)
+    examples = [_example(pattern) for pattern in sorted(keyword_values(schema, "pattern"))]
+    examples += [_FORMAT_EXAMPLES.get(name, "") for name in sorted(keyword_values(schema, "format"))]
+    words = [word for example in examples for word in _ends_of(example)]
     return Grammar(_compact_json(schema), name, EndingSearch(words, is_json=True), ending_bound(schema))
 
 
 def choices_grammar(choices: Sequence[str]) -> Grammar:
     """Answers that are one of `choices`. Raises OptionError if they are not strings to choose from."""
+    _check_choices(choices)
+    return _choices_grammar(tuple(choices))
+
+
+@lru_cache(_KEPT)
+def _choices_grammar(choices: tuple[str, ...]) -> Grammar:
     from llguidance import LLMatcher
 
-    _check_choices(choices)
     words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
     grammar = LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {words}")
     longest = max(len(choice.encode()) for choice in choices)
@@ -98,8 +122,8 @@ def _compact_json(schema: dict[str, Any]) -> str:
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
 
 
-def _words_for(pattern: str) -> list[bytes]:
-    """A short text that a pattern asks for and every end of it, as written between quotes; nothing if none is found."""
+def _example(pattern: str) -> str:
+    """A short text that a pattern asks for; nothing if none is found."""
     from llguidance import LLMatcher
 
     # What may be anything may be nothing. If that breaks the pattern, there is one suggestion less for the search.
@@ -107,9 +131,14 @@ def _words_for(pattern: str) -> list[bytes]:
     try:
         matcher = _matcher(byte_vocabulary(), LLMatcher.grammar_from_regex(core), "The pattern")
     except OptionError:
-        return []
-    example = EndingSearch([], is_json=False).shortest(matcher, Place(), _EXAMPLE_EFFORT) or b""
-    text = json.dumps(example.decode(errors="ignore"), ensure_ascii=False)[1:-1].encode()
+        return ""
+    found = EndingSearch([], is_json=False).shortest(matcher, Place(), _EXAMPLE_EFFORT) or b""
+    return found.decode(errors="ignore")
+
+
+def _ends_of(example: str) -> list[bytes]:
+    """A text and every end of it, as written between the quotes of JSON."""
+    text = json.dumps(example, ensure_ascii=False)[1:-1].encode()
     return [text[start:] for start in range(len(text))]
 
 

@@ -140,8 +140,9 @@ class BatchGenerator:
             clock: has run since the request came, with the time of the prefill booked as "prefill".
 
         Raises:
-            OptionError: the options cannot be followed.
+            OptionError: the answer does not fit into the context, or the options cannot be followed.
         """
+        check_context(self._model, prompt.prompt_tokens, options.max_tokens)
         return self._enqueue(options, clock, prefilled=prompt)
 
     def remove(self, ticket: int) -> None:
@@ -167,19 +168,19 @@ class BatchGenerator:
             raise KeyError(f"No answer with ticket {ticket} is being decoded.")
         return self._cache.row(index)
 
-    def step(self, alone: bool = False) -> list[Event]:
+    def step(self, hurry: bool = False) -> list[Event]:
         """Let waiting requests begin where there is room, and take every answer one token further.
 
         Without requests it frees the memory of the last ones.
 
         Args:
-            alone: begin with fewer than `min_group` too, as no others are to be expected.
+            hurry: begin with fewer than `min_group` too, as no others are to be expected.
 
         Returns:
             (ticket, response) for each token, in order; `finish_reason` marks an answer's last. An answer that begins
             may get two. (ticket, exception) where an answer cannot go on, which ends this one only.
         """
-        beginnings = self._begin(self._admitted(1 if alone else self._min_group))
+        beginnings = self._begin(self._admitted(1 if hurry else self._min_group))
         stay = [index for index, row in enumerate(self._rows) if not row.done]
         if beginnings or len(stay) < len(self._rows):
             self._cache.regroup(stay, [beginning.cache for beginning in beginnings])

@@ -25,9 +25,8 @@ DEFAULT_PROMPT = "Describe this image."
 DEFAULT_BATCH_SIZE = 16
 
 _MAX_THREADS = 4  # more read faster than any model here describes
-_BATCHES_AHEAD = (
-    6  # images taken and not yet yielded: two batches decode, one waits, one is read, two are in order's way
-)
+# Images taken and not yet yielded: two batches decode, one waits, one is read, two are finished behind a longer answer.
+_BATCHES_AHEAD = 6
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _captions(
                 (index, image), pixels = result
                 work.begin(index, image, pixels)
                 read_more()
-            work.step(alone=not reader.pending)
+            work.step(hurry=not reader.pending)
             while yielded in work.captions:
                 yield work.captions.pop(yielded)
                 yielded += 1
@@ -171,9 +170,9 @@ class _Work:
         ticket = self.generator.add_tokens(self._input_ids, [pixels], options=self._options)
         self._answers[ticket] = _Answer(index, image)
 
-    def step(self, alone: bool) -> None:
+    def step(self, hurry: bool) -> None:
         """One token for every answer, see `BatchGenerator.step`. Raises what is no FastVLMError."""
-        for ticket, event in self.generator.step(alone):
+        for ticket, event in self.generator.step(hurry):
             answer = self._answers[ticket]
             if isinstance(event, Exception):
                 self.captions[answer.index] = _failed(answer.index, answer.image, event)

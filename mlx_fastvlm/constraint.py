@@ -8,13 +8,13 @@ it: so the answer is whole when its tokens run out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_fastvlm.answer_grammar import END_BYTE, Grammar, byte_vocabulary, choices_grammar, schema_grammar
+from mlx_fastvlm.answer_grammar import END_BYTE, FIRST_EFFORT, Grammar, byte_vocabulary, choices_grammar, schema_grammar
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.json_schema import read_json_schema
 from mlx_fastvlm.shortest_ending import Place
@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Constraint", "make_constraint", "read_json_schema"]
 
-# When tokens are scarce, the likeliest ones are looked at one by one, until they hold nearly all of the probability.
+# When tokens may run out, only so many of the likeliest are looked at, down to a thousandth of the likeliest's chance.
 _LOOKED_AT = 32
-_NEARLY_ALL = 0.999
+_LEAST_CHANCE = float(np.log(1e-3))
 
-# Points a search may look at (about 20 µs each): for the first ending, and for one behind a token that is only tried.
-_FIRST_EFFORT = 2000
-_TRIAL_EFFORT = 100
-_TRIALS = 4  # searches for one token of the answer
+_TRIAL_EFFORT = 100  # points that a search for an ending behind a token may go on from
+_TRIALS = 4  # such searches for one token of the answer
 _REMEMBERED = 16  # endings found lately, which often serve again: trying one takes 2 µs
 
 
@@ -83,6 +81,9 @@ def make_constraint(
 class Constraint:
     """Which tokens may come next in one answer. For each token: `restrict`, then `accept` what was drawn.
 
+    As long as the tokens left suffice to end the answer from any point, the grammar alone decides. Then, and always where
+    no bound is known, a token is allowed if a way to end behind it is found, and only some likely tokens are looked at.
+
     Args:
         table: the model's tokens.
         grammar: what answers are allowed.
@@ -94,6 +95,7 @@ class Constraint:
 
     def __init__(self, table: TokenTable, grammar: Grammar, max_tokens: int):
         self._table = table
+        self._name = grammar.name
         self._search = grammar.search
         self._ending_bound = grammar.ending_bound
         self._left = max_tokens  # tokens still to be drawn
@@ -103,7 +105,7 @@ class Constraint:
         self._found_lately: deque[_Ending] = deque(maxlen=_REMEMBERED)
         self._trials = _TRIALS
         self._tried: dict[int, _Ending] = {}  # endings behind tokens that may be drawn now
-        self._ending = self._find_ending(self._bytes, self._place, _FIRST_EFFORT)
+        self._ending = None if grammar.shortest_answer is None else self._remember(grammar.shortest_answer)
         if self._ending is None:
             raise OptionError(
                 f"{grammar.name} cannot be followed: no answer was found in a bounded search. Ask for less: shorter "
@@ -117,7 +119,11 @@ class Constraint:
             )
 
     def restrict(self, logits: mx.array) -> mx.array:
-        """(1, vocab) logits → the same, with -inf on every token that may not follow."""
+        """(1, vocab) logits → the same, with -inf on every token that may not follow.
+
+        Raises:
+            OptionError: the grammar library gave up in the middle of an answer, and no ending was known. Not seen.
+        """
         ample = self._left - 2 >= self._ending_bound  # this token and the one that ends the answer besides
         allowed = self._legal() if ample else self._affordable(np.asarray(logits.astype(mx.float32)).reshape(-1))
         width = logits.shape[-1]
@@ -144,31 +150,21 @@ class Constraint:
         bitmask = self._tokens.compute_bitmask()
         if self._tokens.is_error():  # a limit on its work was met: what is left is the ending at hand
             return self._only(self._ending_at_hand())
-        allowed = np.unpackbits(np.frombuffer(bitmask, np.uint8), bitorder="little")[: self._table.is_text.size] == 1
-        allowed &= self._table.is_text
+        bits = np.unpackbits(np.frombuffer(bitmask, np.uint8), bitorder="little")
+        allowed = bits[: self._table.is_text.size].view(bool) & self._table.is_text
         allowed[self._table.ends] = self._tokens.is_accepting()
         return allowed
 
     def _affordable(self, logits: np.ndarray) -> np.ndarray:
         """(tokens,) bool: the likeliest tokens that leave room for an ending, or the first token of the shortest."""
         legal = self._legal()
-        likely = np.flatnonzero(legal[: logits.size])
-        chances = np.exp(logits[likely] - logits[likely].max())
-        chances /= chances.sum()
-        is_end = np.isin(likely, self._table.ends)
         allowed = np.zeros_like(legal)
-        allowed[likely[is_end]] = True
-        covered = chances[is_end].sum()
-        likely, chances = likely[~is_end], chances[~is_end]
-        for index in _largest_first(chances, _LOOKED_AT):
-            if covered >= _NEARLY_ALL:
-                break
-            token = int(likely[index])
-            ending = self._ending_after(token)
+        allowed[self._table.ends] = legal[self._table.ends]
+        for token in _likeliest(logits, legal):
+            ending = None if allowed[token] else self._ending_after(token)
             if ending is not None:
                 self._tried[token] = ending
                 allowed[token] = True
-                covered += chances[index]
         return allowed if allowed.any() else self._only(self._ending_at_hand())
 
     def _ending_after(self, token: int) -> _Ending | None:
@@ -199,7 +195,7 @@ class Constraint:
     def _ending_at_hand(self) -> _Ending | None:
         """A short ending from here; it is not known at first after steps with tokens to spare."""
         if self._ending is None:
-            self._ending = self._find_ending(self._bytes, self._place, _FIRST_EFFORT)
+            self._ending = self._find_ending(self._bytes, self._place, FIRST_EFFORT)
         return self._ending
 
     def _find_ending(self, matcher: LLMatcher, place: Place, effort: int) -> _Ending | None:
@@ -218,9 +214,11 @@ class Constraint:
         return ending
 
     def _only(self, ending: _Ending | None) -> np.ndarray:
-        """(tokens,) bool: the next token of an ending, or an end once there is none."""
+        """(tokens,) bool: the next token of an ending, or the ends once there is none."""
+        if ending is None:
+            raise OptionError(f"{self._name} became too intricate to follow in this answer; make it simpler.")
         allowed = np.zeros_like(self._table.is_text)
-        allowed[ending.tokens[:1] if ending is not None and ending.tokens else self._table.ends] = True
+        allowed[ending.tokens[:1] or self._table.ends] = True
         return allowed
 
 
@@ -230,7 +228,8 @@ def _may_end(matcher: LLMatcher, text: bytes) -> bool:
     return matcher.validate_tokens(tokens) == len(tokens)
 
 
-def _largest_first(values: np.ndarray, count: int) -> Iterable[int]:
-    """Indices of the `count` largest values, in descending order."""
-    top = np.arange(values.size) if values.size <= count else np.argpartition(values, -count)[-count:]
-    return top[np.argsort(-values[top])].tolist()
+def _likeliest(logits: np.ndarray, legal: np.ndarray) -> list[int]:
+    """The legal tokens worth looking at, the likeliest first."""
+    scores = np.where(legal[: logits.size], logits[: legal.size], -np.inf)
+    tokens = np.flatnonzero(scores > scores.max() + _LEAST_CHANCE)
+    return tokens[np.argsort(-scores[tokens])[:_LOOKED_AT]].tolist()

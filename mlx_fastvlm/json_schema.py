@@ -15,13 +15,14 @@ from mlx_fastvlm.errors import OptionError
 
 MAX_BYTES = 2**16  # a schema's text; one of this size takes the grammar library about a second
 MAX_DEPTH = 64
+MAX_EXACT = 2**53 - 1
 MAX_MULTIPLE = 1000  # the automaton for "multiple of n" has n states: a large n takes seconds and much memory
 
 _ANNOTATIONS = frozenset(
     "$schema $id $comment $defs definitions title description default examples deprecated readOnly writeOnly".split()
 )
 _NUMBER_BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
-# What `close_objects` understands; another keyword may look at properties from outside, so it leaves everything open.
+# What `narrow` understands; another keyword may look at a part from outside, so it leaves everything as it is.
 _PLAIN = _NUMBER_BOUNDS | frozenset(
     "type properties required additionalProperties items prefixItems minItems maxItems anyOf $ref enum const "
     "minLength maxLength pattern format multipleOf".split()
@@ -72,21 +73,39 @@ def parse_schema(schema: Mapping[str, Any] | str | bool) -> dict[str, Any]:
     return parsed
 
 
-def close_objects(schema: dict[str, Any]) -> None:
-    """Let objects that list their properties have no others, unless they say so themselves; in place.
+def narrow(schema: dict[str, Any]) -> None:
+    """Take freedoms away that a small model does not handle, in place: fewer answers, all of which meet the schema as it was.
 
-    JSON Schema allows any property that is not forbidden; a small model left that freedom invents properties until its
-    tokens run out. Fewer answers are allowed than before, and each of them still meets the schema as it was. Where
-    keywords look at the properties from outside (allOf, oneOf, anything next to anyOf or $ref), all stays as it is.
-    The schema is one that the grammar library takes.
+    JSON Schema allows any property that is not forbidden, and numbers of any length; a model left to it invents
+    properties, or repeats a digit, until its tokens run out. So an object that lists its properties has no others, and
+    numbers lie within ±(2⁵³ - 1), which every reader of JSON keeps exact (RFC 8259, section 6), unless the schema says
+    so itself. Where keywords look at a part from outside (allOf, oneOf, anything next to anyOf or $ref), all stays as it
+    is. The schema is one that the grammar library takes.
     """
     nodes = list(_subschemas(schema))
-    if not all(_is_plain(node) for node in nodes):
+    if all(_is_plain(node) for node in nodes):
+        for node in nodes:
+            _close_object(node)
+            _bound_number(node)
+
+
+def _close_object(node: dict[str, Any]) -> None:
+    named, required = node.get("properties"), node.get("required", [])
+    if isinstance(named, dict) and named and all(name in named for name in required):
+        node.setdefault("additionalProperties", False)
+
+
+def _bound_number(node: dict[str, Any]) -> None:
+    types = node.get("type")
+    is_number = not {"integer", "number"}.isdisjoint(types if isinstance(types, list) else [types])
+    if not is_number or {"enum", "const"} & node.keys():
         return
-    for node in nodes:
-        named, required = node.get("properties"), node.get("required", [])
-        if isinstance(named, dict) and named and all(name in named for name in required):
-            node.setdefault("additionalProperties", False)
+    least = [node[key] for key in ("minimum", "exclusiveMinimum") if key in node]
+    most = [node[key] for key in ("maximum", "exclusiveMaximum") if key in node]
+    if not least and all(bound > -MAX_EXACT for bound in most):
+        node["minimum"] = -MAX_EXACT
+    if not most and all(bound < MAX_EXACT for bound in least):
+        node["maximum"] = MAX_EXACT
 
 
 def ending_bound(schema: dict[str, Any]) -> float:
@@ -101,10 +120,10 @@ def ending_bound(schema: dict[str, Any]) -> float:
         return float("inf")
 
 
-def patterns(schema: dict[str, Any]) -> list[str]:
-    """The regular expressions that strings of the answer are to match."""
-    found = (node.get("pattern") for node in _subschemas(schema))
-    return [pattern for pattern in found if isinstance(pattern, str)]
+def keyword_values(schema: dict[str, Any], keyword: str) -> set[str]:
+    """The texts that a keyword such as "pattern" has in a schema."""
+    values = (node.get(keyword) for node in _subschemas(schema))
+    return {value for value in values if isinstance(value, str)}
 
 
 class _UnboundedError(Exception):
@@ -146,7 +165,7 @@ class _Bounds:
         if name in ("null", "boolean") and not keys:
             return len("false")
         if name in ("integer", "number") and keys <= _NUMBER_BOUNDS:
-            return 8 + 2 * sum(_digits(node[key]) for key in keys)
+            return 8 + max((_digits(node[key]) for key in keys), default=0)
         if name == "string" and keys <= {"minLength", "maxLength"}:
             return node.get("minLength", 0) + 12  # the rest of an escape or a character, the quote
         if name == "array" and "items" in keys <= {"items", "minItems", "maxItems"}:

@@ -284,7 +284,7 @@ def test_newcomers_wait_for_company_if_asked_but_not_for_ever(tiny):
     answers.take(generator.step())
     assert {long, late, more} == set(answers.responses)
     hurried = add(generator, REQUESTS[1])
-    answers.take(generator.step(alone=True))
+    answers.take(generator.step(hurry=True))
     assert hurried in answers.responses
     last = add(generator, REQUESTS[1])
     answers.run(generator)
@@ -346,3 +346,21 @@ def test_half_precision_works_too(converted_folder):
     answers = Answers().run(generator)
     assert [len(answers[ticket][0]) for ticket in tickets] == [9, 14, 5]
     assert loaded[0].dtype == mx.bfloat16
+
+
+def test_freed_memory_is_given_back_once_it_is_much(tiny, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(mx.get_cache_memory()))
+    for limit, expected in ((10**12, 0), (-1, 1)):
+        monkeypatch.setattr(module, "_FREED_BYTES", limit)
+        generator = BatchGenerator(*tiny)
+        add(generator, REQUESTS[0])
+        Answers().run(generator)
+        assert len(cleared) == expected
+
+
+def test_an_answer_prefilled_elsewhere_must_fit_too(tiny):
+    options, clock = GenerationOptions(max_tokens=5), StageClock()
+    prefilled = prefill_prompt(*tiny, tiny[1].tokenize("Hi"), [], options, clock)
+    with pytest.raises(OptionError, match="context"):
+        BatchGenerator(*tiny).add_prefilled(prefilled, options=GenerationOptions(max_tokens=10**6), clock=clock)

@@ -78,6 +78,17 @@ def test_a_copy_holds_no_room_for_more(make):
     assert cache.copy(0).nbytes == 0
 
 
+def test_a_copy_does_not_keep_its_sources_memory(make):
+    cache = make()
+    cache.attend(*rows(40 * STEP, 0), 0.3)
+    mx.eval(cache.arrays())
+    copied, whole = cache.copy(3), cache.nbytes
+    mx.eval(copied.arrays())
+    before = mx.get_active_memory()
+    del cache
+    assert mx.get_active_memory() <= before - whole
+
+
 @pytest.mark.parametrize("length", [-1, 6])
 def test_lengths_it_does_not_hold_are_refused(make, length):
     cache = make()

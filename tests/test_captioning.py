@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm import captioning, generate, load
+from mlx_fastvlm import batch_generate, captioning, generate, load
 from mlx_fastvlm.captioning import Caption, caption_images
 from mlx_fastvlm.errors import ImageError, OptionError
 from mlx_fastvlm.read_ahead import ReadAhead
@@ -144,6 +144,24 @@ def test_images_are_taken_a_few_batches_ahead_and_no_further(batch_size, tiny):
     assert images.taken == taken
 
 
+def test_no_more_pixels_are_held_than_are_soon_encoded(tiny, monkeypatch):
+    """Of large images that is one a thread and one or two that wait, whatever the batch."""
+    monkeypatch.setattr(batch_generate, "ENCODE_PIXELS", 256**2)
+    model, (read, encoded, most) = tiny[0], ([], [], [0])
+    encode = type(model).encode_images
+
+    def counted_encode(self, pixels):
+        most[0] = max(most[0], len(read) - len(encoded))
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(type(model), "encode_images", counted_encode)
+    images = [lambda: read.append(1) or LANDSCAPE] * 20
+    assert len(list(caption_images(*tiny, images, batch_size=4, threads=2, max_tokens=3))) == 20
+    assert encoded == [1] * 20
+    assert 1 < most[0] <= 2 + 2
+
+
 def test_images_that_fail_at_once_are_not_taken_further_ahead(tiny):
     images = Counted("missing.png")
     captions = caption_images(*tiny, images, batch_size=2)
@@ -157,8 +175,8 @@ def test_one_very_long_answer_does_not_let_memory_grow(tiny, monkeypatch):
     images, waiting = Counted(LANDSCAPE), []
 
     class Watched(captioning._Work):
-        def step(self, alone):
-            super().step(alone)
+        def step(self, hurry):
+            super().step(hurry)
             if self._answers and min(answer.index for answer in self._answers.values()) == 0:
                 self._options = short  # for all but the first
             waiting.append((images.taken, len(self.captions)))
@@ -186,7 +204,7 @@ def test_closing_early_stops_the_threads_at_once(yielded, tiny):
 def test_an_interrupt_stops_the_threads(tiny, monkeypatch):
     captions = caption_images(*tiny, Counted(LANDSCAPE), batch_size=2, max_tokens=30)
 
-    def interrupted(self, alone):
+    def interrupted(self, hurry):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(captioning._Work, "step", interrupted)
@@ -207,6 +225,15 @@ def test_a_read_that_hangs_does_not_keep_closing_from_ending():
     release.set()
     for thread in reading_threads():
         thread.join(5)
+
+
+def test_what_was_given_and_not_begun_is_not_read_after_closing():
+    read = []
+    reader = ReadAhead(lambda item: (read.append(item), time.sleep(0.05)), threads=1)
+    for item in range(100):
+        reader.give(item, item)
+    reader.close()
+    assert len(read) <= 2 and not reading_threads()
 
 
 def test_reading_takes_place_while_others_are_read():

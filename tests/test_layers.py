@@ -23,7 +23,9 @@ CLI = [f"mlx_fastvlm/cli/{path.name}" for path in (ROOT / "mlx_fastvlm" / "cli")
 ONLY_IN = {
     "torch": {"convert/torch_file.py"},
     "typer": set(CLI),
-    "rich": {"mlx_fastvlm/cli/terminal.py"},
+    "rich": {f"mlx_fastvlm/cli/{name}.py" for name in ("terminal", "chat_view", "chat_markdown")},
+    "markdown_it": {"mlx_fastvlm/cli/chat_markdown.py"},
+    "prompt_toolkit": {"mlx_fastvlm/cli/chat_editor.py"},
     "PIL": {"mlx_fastvlm/image_processing.py"},
     "huggingface_hub": {"mlx_fastvlm/hub.py"},
     "httpx": {"mlx_fastvlm/image_source.py"},
@@ -46,7 +48,8 @@ MAY_IMPORT = {
     "mlx_fastvlm/qwen2.py": {"config", "cache", "kernels", "layers"},
     "mlx_fastvlm/model.py": {"config", "cache", "fastvithd", "qwen2", "layers"},
     "mlx_fastvlm/image_source.py": {"errors"},
-    "mlx_fastvlm/image_processing.py": {"errors", "image_source"},
+    "mlx_fastvlm/pdf_pages.py": {"errors", "image_source"},
+    "mlx_fastvlm/image_processing.py": {"errors", "image_source", "pdf_pages"},
     "mlx_fastvlm/prompt.py": {"errors", "config"},
     "mlx_fastvlm/sampling.py": {"errors"},
     "mlx_fastvlm/text_stream.py": set(),
@@ -126,7 +129,7 @@ def test_answering_loads_nothing_heavy(tmp_path):
         "try: cli.main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "heavy = {'torch', 'transformers', 'mlx_lm', 'numba', 'huggingface_hub', 'httpx', 'mlx_fastvlm.convert'}\n"
-        "heavy.add('rich.progress')\n"
+        "heavy |= {'rich.progress', 'prompt_toolkit'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     picture = ROOT / "examples" / "shapes-two.png"
