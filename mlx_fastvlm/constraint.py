@@ -185,7 +185,8 @@ class Constraint:
         self._trials -= 1
         matcher = self._bytes.deep_copy()
         matcher.consume_tokens(list(text))
-        ending = self._find_ending(matcher, self._place.after(text), _TRIAL_EFFORT)
+        found = self._search.short(matcher, self._place.after(text), _TRIAL_EFFORT)
+        ending = None if found is None else self._remember(found)
         return ending if ending is not None and self._fits(ending) else None
 
     def _fits(self, ending: _Ending) -> bool:
@@ -195,12 +196,9 @@ class Constraint:
     def _ending_at_hand(self) -> _Ending | None:
         """A short ending from here; it is not known at first after steps with tokens to spare."""
         if self._ending is None:
-            self._ending = self._find_ending(self._bytes, self._place, FIRST_EFFORT)
+            found = self._search.shortest(self._bytes, self._place, FIRST_EFFORT)
+            self._ending = None if found is None else self._remember(found)
         return self._ending
-
-    def _find_ending(self, matcher: LLMatcher, place: Place, effort: int) -> _Ending | None:
-        text = self._search.shortest(matcher, place, effort)
-        return None if text is None else self._remember(text)
 
     def _remember(self, text: bytes) -> _Ending | None:
         """An ending to try again; None if the vocabulary cannot write it."""

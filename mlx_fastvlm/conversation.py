@@ -42,7 +42,7 @@ class Conversation:
         model, processor: from `load`.
         image: one or several, shown with the first question.
         system: system line in place of the default.
-        context: when the context is full, "error" raises OptionError, "slide" leaves the oldest turns out of what the
+        context: when the context is full, "error" raises ContextError, "slide" leaves the oldest turns out of what the
             model is told (not out of `turns`); their images stay.
         reuse: shared with other conversations of the same model; None makes one.
         options: defaults for every question, see `GenerationOptions`.
@@ -85,7 +85,7 @@ class Conversation:
         """Add images to the next question. Raises ImageError, and then adds none, if one cannot be read."""
         contents = self._recognized(image)
         for content in contents:
-            open_image(content.source)  # a damaged one should be known before a question is asked about it
+            open_image(content.open())  # a damaged one should be known before a question is asked about it
         self._shown += contents
 
     @property
@@ -113,7 +113,7 @@ class Conversation:
             Seconds by stage.
 
         Raises:
-            OptionError: the context is full.
+            ContextError: the context is full.
         """
         chosen = self._chosen(options)
         clock = StageClock()

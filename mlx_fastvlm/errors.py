@@ -28,6 +28,10 @@ class OptionError(FastVLMError):
     """An option's value is out of range or options contradict each other."""
 
 
+class ContextError(OptionError):
+    """A prompt and its longest answer do not fit into the model's context."""
+
+
 class ConversationError(FastVLMError):
     """A saved conversation cannot be read or written."""
 

@@ -65,7 +65,7 @@ class FeatureCache:
             rows = self._files.read(name)
             clock.lap("recognize")
         if rows is None:
-            rows = image_features(self._model, self._processor, image.source, clock)
+            rows = image_features(self._model, self._processor, image.open(), clock)
             if self._files is not None:
                 self._files.write(name, rows)
         self._rows[name] = rows

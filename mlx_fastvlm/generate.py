@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_fastvlm.answer import Answer, GenerationResponse, StageClock
 from mlx_fastvlm.cache import Cache
-from mlx_fastvlm.errors import FastVLMWarning, OptionError
+from mlx_fastvlm.errors import ContextError, FastVLMWarning
 from mlx_fastvlm.image_features import image_features, image_rows
 from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.model import FastVLM
@@ -119,7 +119,7 @@ def prefill_prompt(
         clock: stages are booked on it.
 
     Raises:
-        OptionError: prompt and answer do not fit into the context.
+        ContextError: prompt and answer do not fit into the context.
         ImageError: an image cannot be read.
     """
     prompt_tokens = count_positions(model, processor, input_ids, len(images))
@@ -202,10 +202,10 @@ def count_positions(model: FastVLM, processor: Processor, input_ids: Sequence[in
 
 
 def check_context(model: FastVLM, prompt_tokens: int, max_tokens: int) -> None:
-    """Raise OptionError if a prompt and its longest answer do not fit into the model's context."""
+    """Raise ContextError if a prompt and its longest answer do not fit into the model's context."""
     limit = model.config.text_config.max_position_embeddings
     if prompt_tokens + max_tokens > limit:
-        raise OptionError(
+        raise ContextError(
             f"The prompt takes {prompt_tokens} tokens and max_tokens is {max_tokens}; the model's context holds {limit} "
             "in all. Shorten the prompt or lower max_tokens."
         )

@@ -33,6 +33,14 @@ class ImageContent:
         """Whether it is known by a file's bytes rather than by pixels."""
         return isinstance(self.source, bytes)
 
+    def open(self) -> ImageSource:
+        """What `open_image` takes, and calls by its name if it is damaged."""
+        if not self.is_file:
+            return self.source
+        file = io.BytesIO(self.source)
+        file.name = self.name
+        return file
+
     def file_bytes(self) -> bytes:
         """The image as a file: its own bytes, or a PNG of the pixels."""
         if self.is_file:

@@ -91,21 +91,30 @@ def narrow(schema: dict[str, Any]) -> None:
 
 def _close_object(node: dict[str, Any]) -> None:
     named, required = node.get("properties"), node.get("required", [])
-    if isinstance(named, dict) and named and all(name in named for name in required):
+    # Of other types are only those of definitions that nothing refers to: the grammar library does not look at them.
+    if (
+        isinstance(named, dict)
+        and isinstance(required, list)
+        and named
+        and all(str(name) in named for name in required)
+    ):
         node.setdefault("additionalProperties", False)
 
 
 def _bound_number(node: dict[str, Any]) -> None:
     types = node.get("type")
-    is_number = not {"integer", "number"}.isdisjoint(types if isinstance(types, list) else [types])
-    if not is_number or {"enum", "const"} & node.keys():
+    names = types if isinstance(types, list) else [types]
+    if ("integer" not in names and "number" not in names) or "enum" in node or "const" in node:
         return
-    least = [node[key] for key in ("minimum", "exclusiveMinimum") if key in node]
-    most = [node[key] for key in ("maximum", "exclusiveMaximum") if key in node]
+    least, most = _values(node, "minimum", "exclusiveMinimum"), _values(node, "maximum", "exclusiveMaximum")
     if not least and all(bound > -MAX_EXACT for bound in most):
         node["minimum"] = -MAX_EXACT
     if not most and all(bound < MAX_EXACT for bound in least):
         node["maximum"] = MAX_EXACT
+
+
+def _values(node: dict[str, Any], *keys: str) -> list[float]:
+    return [node[key] for key in keys if isinstance(node.get(key), int | float)]
 
 
 def ending_bound(schema: dict[str, Any]) -> float:

@@ -82,7 +82,7 @@ class Reuse:
             clock: stages are booked on it.
 
         Raises:
-            OptionError: prompt and answer do not fit into the context.
+            ContextError: prompt and answer do not fit into the context.
             ImageError: an image cannot be read.
         """
         prompt = self._prefill(input_ids, images, options, clock)

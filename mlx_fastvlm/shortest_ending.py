@@ -60,30 +60,39 @@ class EndingSearch:
         self._is_json = is_json
 
     def shortest(self, matcher: LLMatcher, place: Place, effort: int) -> bytes | None:
-        """Bytes after which the answer may end, as few as the search finds.
+        """Bytes after which the answer may end, the fewest there are, or if those are hard to find, few.
 
         Args:
             matcher: at the point to end from; it is left as it is.
             place: the same point in the JSON text.
-            effort: how many points to go on from before giving up.
+            effort: how many points to go on from before giving up, once for the fewest and once for few.
 
         Returns:
             The bytes, or None if none were found: that does not mean that there are none.
         """
-        # Dijkstra's algorithm over written bytes; points that look alike at the same length count as one.
+        ending = self._search(matcher, place, effort, forced_price=1.0)
+        return ending if ending is not None else self.short(matcher, place, effort)
+
+    def short(self, matcher: LLMatcher, place: Place, effort: int) -> bytes | None:
+        """Like `shortest`, but few bytes do; sooner found where many choices follow one another."""
+        # Whoever is past a choice, with nothing but forced bytes to write, gets ahead of those who still weigh it.
+        return self._search(matcher, place, effort, forced_price=0.25)
+
+    def _search(self, matcher: LLMatcher, place: Place, effort: int, forced_price: float) -> bytes | None:
+        """Dijkstra's algorithm over written bytes; points that look alike at the same length count as one."""
         order = itertools.count()  # decides between equals: matchers have no order
-        waiting = [(0, next(order), b"", matcher.deep_copy(), place)]
+        waiting = [(0.0, next(order), b"", matcher.deep_copy(), place)]
         seen = set()
         while waiting and effort:
-            _, _, ending, matcher, place = heapq.heappop(waiting)
+            price, _, ending, matcher, place = heapq.heappop(waiting)
             forced = b"" if matcher.is_accepting() else matcher.compute_ff_bytes()
             if forced:
                 matcher.consume_tokens(list(forced))
                 ending, place = ending + forced, place.after(forced)
             if matcher.is_error():
                 continue
-            if forced:  # its length has changed, so others may come first
-                heapq.heappush(waiting, (len(ending), next(order), ending, matcher, place))
+            if forced:  # its price has changed, so others may come first
+                heapq.heappush(waiting, (price + forced_price * len(forced), next(order), ending, matcher, place))
                 continue
             if matcher.is_accepting():
                 return ending
@@ -96,8 +105,9 @@ class EndingSearch:
             for written in self._worth_trying(allowed, place):
                 step = matcher.deep_copy()
                 if step.consume_tokens(list(written)):
-                    longer = ending + written
-                    heapq.heappush(waiting, (len(longer), next(order), longer, step, place.after(written)))
+                    heapq.heappush(
+                        waiting, (price + len(written), next(order), ending + written, step, place.after(written))
+                    )
         return None
 
     def _worth_trying(self, bitmask: bytes, place: Place) -> list[bytes]:

@@ -20,8 +20,9 @@ from mlx_fastvlm.cli.chat_commands import COMMANDS, Order, Question, file_name, 
 from mlx_fastvlm.cli.chat_completion import proposals
 from mlx_fastvlm.cli.chat_editor import open_history
 from mlx_fastvlm.cli.chat_keys import StopRequest, stop_on_ctrl_c
+from mlx_fastvlm.cli.chat_markdown import markdown_lines, printable
 from mlx_fastvlm.cli.chat_session import Session
-from mlx_fastvlm.cli.chat_view import TerminalView, View, markdown_lines, printable
+from mlx_fastvlm.cli.chat_view import TerminalView, View
 from mlx_fastvlm.errors import FastVLMError, OptionError
 from mlx_fastvlm.generate import SEVERAL_IMAGES
 from mlx_fastvlm.reuse import Reuse
@@ -44,6 +45,7 @@ FILES = {"/pictures/a.png", "/pictures/my photo.png", "/pictures/it's.png", "a b
         ("/image a.png b.png", Order("image", "a.png b.png")),
         ("/system Be brief.\nBe kind.", Order("system", "Be brief.\nBe kind.")),
         ("/pictures/a.png", Order("image", "/pictures/a.png")),
+        ("/pictures/my photo.png", Order("image", "/pictures/my photo.png")),
         ("/pictures/a.png What's this?", Question("What's this?", ("/pictures/a.png",))),
         ("'/pictures/my photo.png' /pictures/a.png \nWhich?", Question("Which?", ("/pictures/my photo.png", "/pictures/a.png"))),
         (r"/pictures/my\ photo.png it's what?", Question("it's what?", ("/pictures/my photo.png",))),
@@ -167,13 +169,14 @@ def test_history_is_private_and_bounded(tmp_path):
     history = open_history(path)
     for i in range(100):
         history.store_string(f"question {i}\nwith a second line")
-    os.chmod(path, 0o644)
     history = open_history(path, max_bytes=2000)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.stat().st_size <= 2000
     kept = list(history.load_history_strings())
     assert kept == [f"question {i}\nwith a second line" for i in range(99, 99 - len(kept), -1)]
     assert len(kept) > 20
+    os.chmod(path, 0o644)
+    history = open_history(path)
     history.store_string("new")
     assert next(iter(open_history(path).load_history_strings())) == "new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -280,6 +283,15 @@ def test_an_answer_in_progress_never_scrolls_its_own_lines_away(every_piece_draw
         lines = screen.text().split("\n")
         assert len(lines) <= 6 and lines[-1].split() == ["98", "99"]
     assert screen.text().split() == [str(i) for i in range(100)]
+
+
+def test_an_answer_is_complete_after_the_window_has_changed(every_piece_drawn):
+    screen = Screen(rows=24, columns=40)
+    with TerminalView(screen.console).answer() as shown:
+        shown.add("first " * 20)
+        screen.console.size = (30, 12)
+        shown.add("last " * 20)
+    assert screen.text().split()[-40:] == ["first"] * 20 + ["last"] * 20
 
 
 def test_an_answer_cut_short_is_complete_on_the_screen():
@@ -404,6 +416,7 @@ def test_questions_are_answered_as_a_conversation_does(start, demo):
     assert not session.enter("/exit")
 
 
+@pytest.mark.filterwarnings("ignore::mlx_fastvlm.errors.FastVLMWarning")
 def test_a_picture_shown_goes_with_the_next_question(start, demo):
     session, view = start()
     session.enter("/image")
@@ -462,6 +475,7 @@ def test_save_and_load(start, tmp_path, monkeypatch):
     session.enter("/save")  # to the same file
     other, other_view = start()
     other.enter("/load 'my chat.json'")
+    assert other_view.statuses == ["Reading the conversation"]
     assert other.conversation.turns == session.conversation.turns
     for each in (session, other):
         each.enter("What is written in this image?")
@@ -519,6 +533,7 @@ def test_statistics_tell_what_was_done_beforehand(start):
     [
         ("/image missing.png", "missing.png"),
         (f"/image {__file__}", "is text"),
+        ("/image -", "standard input"),
         ("/load missing.json", "missing.json"),
         ("/load", "Expected the file"),
         ("/branch", "/branch 1"),
@@ -547,8 +562,8 @@ def test_a_full_context_is_said_with_what_to_do(start):
     session.enter("How many shapes are there?")
     assert len(view.errors) == 1 and len(session.conversation.turns) == 2
     session, view = start(SHAPES, context="slide")
-    for _ in range(6):
-        session.enter("How many shapes are there? " + "word " * 150)
+    for _ in range(3):
+        session.enter("How many shapes are there? " + "word " * 300)
     assert view.errors == []
     session.enter("/stats")
     assert "oldest turns are left out" in view.notes[-1]

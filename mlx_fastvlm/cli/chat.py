@@ -19,8 +19,10 @@ import typer
 
 from mlx_fastvlm import __version__
 from mlx_fastvlm.cache_folder import cache_home
+from mlx_fastvlm.cli.chat_commands import refuse_standard_input
 from mlx_fastvlm.cli.chat_keys import StopRequest, keys_kept_for_later, leave_on_sigterm, stop_on_ctrl_c
 from mlx_fastvlm.cli.options import (
+    ComputeDType,
     FitOption,
     KvBits,
     MaxTokens,
@@ -32,9 +34,10 @@ from mlx_fastvlm.cli.options import (
     TopK,
     TopP,
 )
-from mlx_fastvlm.cli.terminal import DType, Model, Revision, load_model
-from mlx_fastvlm.errors import FastVLMWarning, ImageError
+from mlx_fastvlm.cli.terminal import Model, Revision, load_model
+from mlx_fastvlm.errors import FastVLMWarning
 from mlx_fastvlm.loading import DEFAULT_MODEL
+from mlx_fastvlm.options import DEFAULT_MAX_TOKENS, GenerationOptions
 
 if TYPE_CHECKING:
     from mlx_fastvlm.cli.chat_session import Session
@@ -62,16 +65,14 @@ def chat(
     context: Annotated[
         Context, typer.Option(help="When the context is full: say so, or leave out the oldest turns.")
     ] = Context.error,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temp: Temp = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
-    ] = None,
+    dtype: ComputeDType = None,
     kv_bits: KvBits = None,
     revision: Revision = None,
     plain: Annotated[bool, typer.Option("--plain", help="Show answers as they are, not as markdown.")] = False,
@@ -99,7 +100,6 @@ def chat(
     from mlx_fastvlm.cli.chat_session import Session
     from mlx_fastvlm.conversation import Conversation
     from mlx_fastvlm.conversation_file import load_conversation
-    from mlx_fastvlm.options import GenerationOptions
     from mlx_fastvlm.reuse import Reuse
 
     GenerationOptions(**settings, kv_bits=kv_bits)
@@ -147,13 +147,9 @@ def _read(name: str) -> ImageContent:
     from mlx_fastvlm.image_content import recognize
     from mlx_fastvlm.image_processing import open_image
 
-    if name == "-":
-        raise ImageError("A chat reads questions from standard input, so no picture can come from there; name a file.")
+    refuse_standard_input(name)
     content = recognize(name)
-    if content.is_file:
-        file = io.BytesIO(content.source)
-        file.name = name  # what the error calls it
-        open_image(file)
+    open_image(content.open())
     return content
 
 

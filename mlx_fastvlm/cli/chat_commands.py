@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.errors import ImageError, OptionError
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,24 @@ def picture_names(argument: str, is_file: Callable[[str], bool] | None = None) -
 
     Raises:
         OptionError: a quote is not closed.
+        ImageError: a name is "-".
     """
     whole = _plain_path(argument.strip())
     if (is_file or _is_file)(whole):
         return [whole]
     try:
-        return [_plain_path(word) for word in shlex.split(argument)]
+        names = [_plain_path(word) for word in shlex.split(argument)]
     except ValueError:
         raise OptionError("A quote in the names is not closed; close it, or write \\' for the letter.") from None
+    for name in names:
+        refuse_standard_input(name)
+    return names
+
+
+def refuse_standard_input(name: str) -> None:
+    """Raise ImageError for the name that elsewhere stands for standard input."""
+    if name == "-":
+        raise ImageError("A chat reads questions from standard input, so no picture can come from there; name a file.")
 
 
 def file_name(argument: str) -> str:
@@ -148,6 +158,8 @@ def parse_setting(argument: str) -> tuple[str, float | int | None]:
 
 def _dragged(line: str, is_file: Callable[[str], bool]) -> tuple[tuple[str, ...], str]:
     """The files that a line begins with, as terminals write them when dropped there, and the rest of the line."""
+    if line.startswith(("/", "~/")) and is_file(line):
+        return (line,), ""
     pictures = []
     while line.startswith(("/", "~/", "file:", "'", '"')):
         lexer = shlex.shlex(line, posix=True)

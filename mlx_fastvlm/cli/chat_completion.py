@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_fastvlm.cli.chat_commands import COMMANDS, SETTINGS
+from mlx_fastvlm.picture_files import SUFFIXES
 
-PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .webp .gif .tif .tiff .bmp .heic .heif .avif .pdf".split())
-_FILES = {"image": PICTURE_SUFFIXES, "load": (".json",), "save": (".json",)}  # command → suffixes of its files
+_FILES = {"image": tuple(SUFFIXES), "load": (".json",), "save": (".json",)}  # command → suffixes of its files
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mlx_fastvlm.cli.chat_commands import (
 from mlx_fastvlm.cli.chat_keys import StopRequest
 from mlx_fastvlm.cli.chat_view import View
 from mlx_fastvlm.cli.statistics import statistics
-from mlx_fastvlm.errors import FastVLMError, OptionError
+from mlx_fastvlm.errors import ContextError, FastVLMError, OptionError
 from mlx_fastvlm.generate import SEVERAL_IMAGES
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.prompt import DEFAULT_SYSTEM
@@ -114,11 +114,11 @@ class Session:
         return True
 
     def prepare(self) -> None:
-        """Get ready for the next question: read the pictures shown, so that its answer starts at once."""
+        """Get ready for the next question: read all that is known already, so that its answer starts at once."""
         start = time.perf_counter()
-        shown = self._shown()
+        what = _listed(self._shown()) or ("the conversation" if self.conversation.turns else "")
         try:
-            with self._view.status(f"Reading {_listed(shown)}") if shown else nullcontext():
+            with self._view.status(f"Reading {what}") if what else nullcontext():
                 self.conversation.prepare(**self._settings)
         except OptionError as error:
             self._refuse(error)
@@ -133,18 +133,17 @@ class Session:
         self._images_noticed = count
 
     def _ask(self, question: Question) -> None:
-        self._show(question.pictures)
-        self._notice_several_images()
+        if question.pictures:
+            self._show(question.pictures)
         try:
             self._answer(self.conversation.stream(question.text, **self._settings))
         except OptionError as error:
-            self._refuse(error, question.text)
+            self._refuse(error)
 
-    def _refuse(self, error: OptionError, words: str = "") -> None:
-        """Show why nothing can be asked and, if `words` may be too many for the context, how to make room."""
+    def _refuse(self, error: OptionError) -> None:
+        """Show why nothing can be asked and, if the context is full, how to make room."""
         self._view.error(str(error))
-        tokens = len(words.encode(errors="replace"))  # at most: a token is a byte or more
-        if self.conversation.context_tokens + tokens + self._settings["max_tokens"] > self.conversation.context_limit:
+        if isinstance(error, ContextError):
             self._view.note(_MAKE_ROOM)
 
     def _answer(self, responses: Iterator[GenerationResponse]) -> None:
@@ -172,14 +171,13 @@ class Session:
         asked = sum(len(turn.images) for turn in self.conversation.turns)
         return self.conversation.images[asked:]
 
-    def _show(self, names: list[str] | tuple[str, ...]) -> None:
-        if names:
-            self.conversation.show(list(names))
+    def _show(self, names: Sequence[str]) -> None:
+        self.conversation.show(names)
+        self.prepare()
 
     def _image(self, argument: str) -> None:
         if argument:
             self._show(picture_names(argument))
-            self.prepare()
         elif self.conversation.images:
             waiting = len(self._shown())
             for i, image in enumerate(self.conversation.images):
@@ -230,7 +228,7 @@ class Session:
 
     def _clear(self, argument: str) -> None:
         self.conversation = self.conversation.branch(0)
-        self._file = None
+        self._file, self._images_noticed = None, 0
         self._view.note("Everything said and shown is forgotten.")
 
     def _history(self, argument: str) -> None:
@@ -256,7 +254,7 @@ class Session:
             raise OptionError("Expected the file of a saved chat, as in /load chat.json.")
         path = Path(file_name(argument)).expanduser()
         self.conversation = self._load(path)
-        self._file = path
+        self._file, self._images_noticed = path, 0
         self._view.note(f"Loaded {_counted(len(self.conversation.turns), 'question')} from {path}.")
         self.prepare()
 

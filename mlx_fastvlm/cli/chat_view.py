@@ -6,25 +6,21 @@ and stderr the rest.
 
 from __future__ import annotations
 
-import itertools
-import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from mlx_fastvlm.cli.chat_markdown import LiveLines, markdown_lines, printable, split_blocks
 from mlx_fastvlm.cli.terminal import say
 
 if TYPE_CHECKING:
-    from markdown_it import MarkdownIt
-    from markdown_it.token import Token
     from rich.console import Console
 
 SECONDS_BETWEEN_FRAMES = 0.05
 SHARE_OF_DRAWING = 0.1  # of the time; the rest is the model's
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but line break and tab; lone surrogates
 _MORE_ABOVE = "⋮"  # the block in progress is taller than the screen
 
 
@@ -66,7 +62,7 @@ class LineView(View):
     """For pipes and files: the answers, and nothing else, on stdout."""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
         self.note(f"mlx-fastvlm: {' '.join(text.split())}")
@@ -77,7 +73,7 @@ class LineView(View):
 
     @contextmanager
     def answer(self) -> Iterator[ShownAnswer]:
-        yield from _ended(_PlainAnswer())
+        yield from _ended(_PlainAnswer(printable if sys.stdout.isatty() else str))
 
 
 class TerminalView(View):
@@ -91,6 +87,8 @@ class TerminalView(View):
     def __init__(self, console: Console, *, markdown: bool = True):
         self._console = console
         self._markdown = markdown and not console.is_dumb_terminal
+        if self._markdown:
+            markdown_lines(console, "a")  # loads what the first answer should not wait for
 
     def note(self, text: str) -> None:
         self._console.print(printable(text), style="dim", markup=False)
@@ -129,9 +127,9 @@ def _ended(shown: ShownAnswer) -> Iterator[ShownAnswer]:
 
 
 class _PlainAnswer(ShownAnswer):
-    """As it comes."""
+    """As it comes, each piece changed by `clean`."""
 
-    def __init__(self, clean=str) -> None:
+    def __init__(self, clean: Callable[[str], str]) -> None:
         self._clean = clean
         self._begun = False
 
@@ -189,100 +187,3 @@ class _MarkdownAnswer(ShownAnswer):
         """Lines with their colors, the empty one first that separates blocks."""
         lines = markdown_lines(self._console, markdown)
         return ["", *lines] if lines and self._printed_any else lines
-
-
-class LiveLines:
-    """The last lines of the output, which may still change; only what differs is drawn.
-
-    Args:
-        file: the terminal; its cursor is at the beginning of a line.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._live: list[str] = []
-
-    def draw(self, finished: Sequence[str], live: Sequence[str]) -> None:
-        """Put lines in place of those that could still change.
-
-        Args:
-            finished: stay for good.
-            live: may change; fewer than the terminal has lines, and none longer than one of those.
-        """
-        lines = [*finished, *live]
-        same = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._live, lines, strict=False))
-        )
-        above = len(self._live) - same
-        up = f"\x1b[{above}A" if above else ""
-        changed = "".join(f"\x1b[K{line}\n" for line in lines[same:])
-        rest = "\x1b[J" if len(lines) < len(self._live) else ""
-        if up or changed:
-            self._file.write(up + changed + rest)
-            self._file.flush()
-        self._live = list(live)
-
-
-def printable(text: str) -> str:
-    """`text` without what would command the terminal; a model may say anything."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def split_blocks(markdown: str) -> tuple[str, str]:
-    """What can no longer change when more text follows, and the rest: the last block and the line that is being written."""
-    complete = markdown[: markdown.rfind("\n") + 1]
-    starts = [token.map[0] for token in _parser().parse(complete) if token.level == 0 and token.map]
-    if not starts:
-        return "", markdown
-    lines = markdown.split("\n")
-    return "\n".join([*lines[: starts[-1]], ""]) if starts[-1] else "", "\n".join(lines[starts[-1] :])
-
-
-def markdown_lines(console: Console, markdown: str) -> list[str]:
-    """Lines as the terminal shows them, colors included; one empty line between blocks.
-
-    Each block is rendered by itself, so that it looks the same whether or not those around it are known yet.
-    """
-    lines: list[str] = []
-    for tokens in _blocks(_parser().parse(markdown)):
-        if block := _rendered_block(console, tokens):
-            lines += [*([""] if lines else []), *block]
-    return lines
-
-
-def _blocks(tokens: Sequence[Token]) -> Iterator[list[Token]]:
-    """The tokens of each outermost block."""
-    block: list[Token] = []
-    for token in tokens:
-        block.append(token)
-        if token.level == 0 and token.nesting <= 0:
-            yield block
-            block = []
-
-
-def _rendered_block(console: Console, tokens: list[Token]) -> list[str]:
-    from rich.markdown import Markdown
-
-    for token in tokens:
-        for child in token.children or ():
-            if child.type == "softbreak":  # models mean their line breaks
-                child.type = "hardbreak"
-    # Links are shown with where they lead. The theme has no background of its own, so it suits dark and light terminals.
-    rendered = Markdown("", hyperlinks=False, code_theme="ansi_dark")
-    rendered.parsed = tokens
-    with console.capture() as capture:
-        console.print(rendered)
-    lines = [line.rstrip(" ") for line in capture.get().split("\n")]
-    filled = [i for i, line in enumerate(lines) if _without_colors(line).strip()]
-    return lines[filled[0] : filled[-1] + 1] if filled else []
-
-
-def _without_colors(line: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", line)
-
-
-def _parser() -> MarkdownIt:
-    from markdown_it import MarkdownIt
-
-    # What looks like HTML is shown as it stands.
-    return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])

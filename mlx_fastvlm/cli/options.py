@@ -1,6 +1,6 @@
 """The options that commands with answers have in common: each named, bounded and explained once.
 
-Model, revision and dtype are in terminal.py, beside the loading that takes them.
+Model and revision are in terminal.py, beside the loading that takes them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
+
+from mlx_fastvlm.cli.terminal import DType
 
 
 class Fit(str, Enum):
@@ -22,6 +24,10 @@ FitOption = Annotated[
     typer.Option(
         "--fit", help="Make the picture square by padding (as trained) or by cropping.", show_default="as trained"
     ),
+]
+ComputeDType = Annotated[
+    DType | None,
+    typer.Option("--dtype", help="Type to compute in.", show_default="stored type; float32 on a CPU"),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temp = Annotated[float, typer.Option(min=0.0, help="Temperature; 0 always takes the likeliest token.")]
