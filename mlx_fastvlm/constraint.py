@@ -81,8 +81,8 @@ def make_constraint(
 class Constraint:
     """Which tokens may come next in one answer. For each token: `restrict`, then `accept` what was drawn.
 
-    As long as the tokens left suffice to end the answer from any point, the grammar alone decides. Then, and always where
-    no bound is known, a token is allowed if a way to end behind it is found, and only some likely tokens are looked at.
+    As long as the tokens left suffice to end the answer from any point, the grammar alone decides. Then, and always
+    where no bound is known, a token is allowed if a way to end behind it is found; only likely tokens are looked at.
 
     Args:
         table: the model's tokens.

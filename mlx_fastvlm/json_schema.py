@@ -74,13 +74,14 @@ def parse_schema(schema: Mapping[str, Any] | str | bool) -> dict[str, Any]:
 
 
 def narrow(schema: dict[str, Any]) -> None:
-    """Take freedoms away that a small model does not handle, in place: fewer answers, all of which meet the schema as it was.
+    """Take freedoms away that a small model does not handle, in place.
 
-    JSON Schema allows any property that is not forbidden, and numbers of any length; a model left to it invents
-    properties, or repeats a digit, until its tokens run out. So an object that lists its properties has no others, and
-    numbers lie within ±(2⁵³ - 1), which every reader of JSON keeps exact (RFC 8259, section 6), unless the schema says
-    so itself. Where keywords look at a part from outside (allOf, oneOf, anything next to anyOf or $ref), all stays as it
-    is. The schema is one that the grammar library takes.
+    There are fewer answers then, all of which meet the schema as it was. JSON Schema allows any property that is not
+    forbidden, and numbers of any length; a model left to it invents properties, or repeats a digit, until its tokens
+    run out. So an object that lists its properties has no others, and numbers lie within ±(2⁵³ - 1), which every reader
+    of JSON keeps exact (RFC 8259, section 6), unless the schema says so itself. Where keywords look at a part from
+    outside (allOf, oneOf, anything next to anyOf or $ref), all stays as it is. The schema is one that the grammar
+    library takes.
     """
     nodes = list(_subschemas(schema))
     if all(_is_plain(node) for node in nodes):
@@ -252,7 +253,7 @@ def _keywords(node: Any) -> frozenset[str]:
 
 
 def _resolve(root: dict[str, Any], reference: str) -> Any:
-    """The part a `#/…` reference names. Raises _UnboundedError for other references: the grammar library judges them."""
+    """The part that a reference such as `#/$defs/x` names. Raises _UnboundedError if there is none."""
     node: Any = root
     head, *path = reference.split("/")
     for name in path:

@@ -60,7 +60,7 @@ class EndingSearch:
         self._is_json = is_json
 
     def shortest(self, matcher: LLMatcher, place: Place, effort: int) -> bytes | None:
-        """Bytes after which the answer may end, the fewest there are, or if those are hard to find, few.
+        """Bytes after which the answer may end, nearly the fewest there are, or if those are hard to find, few.
 
         Args:
             matcher: at the point to end from; it is left as it is.
@@ -70,18 +70,22 @@ class EndingSearch:
         Returns:
             The bytes, or None if none were found: that does not mean that there are none.
         """
-        ending = self._search(matcher, place, effort, forced_price=1.0)
+        ending = self._search(matcher, place, effort, free_text_price=1)
         return ending if ending is not None else self.short(matcher, place, effort)
 
     def short(self, matcher: LLMatcher, place: Place, effort: int) -> bytes | None:
-        """Like `shortest`, but few bytes do; sooner found where many choices follow one another."""
-        # Whoever is past a choice, with nothing but forced bytes to write, gets ahead of those who still weigh it.
-        return self._search(matcher, place, effort, forced_price=0.25)
+        """Like `shortest`, but few bytes do; sooner found where several free texts follow one another."""
+        # Who is past a free text gets ahead of those who still try what else might be written in it.
+        return self._search(matcher, place, effort, free_text_price=4)
 
-    def _search(self, matcher: LLMatcher, place: Place, effort: int, forced_price: float) -> bytes | None:
-        """Dijkstra's algorithm over written bytes; points that look alike at the same length count as one."""
+    def _search(self, matcher: LLMatcher, place: Place, effort: int, free_text_price: int) -> bytes | None:
+        """Dijkstra's algorithm over written bytes; points that look alike at the same length count as one.
+
+        They may differ in what is left to write, so an ending can be longer than need be, or not be found. Telling them
+        apart by how far into a string they are was tried: shorter endings at times, but far fewer found.
+        """
         order = itertools.count()  # decides between equals: matchers have no order
-        waiting = [(0.0, next(order), b"", matcher.deep_copy(), place)]
+        waiting = [(0, next(order), b"", matcher.deep_copy(), place)]
         seen = set()
         while waiting and effort:
             price, _, ending, matcher, place = heapq.heappop(waiting)
@@ -92,7 +96,7 @@ class EndingSearch:
             if matcher.is_error():
                 continue
             if forced:  # its price has changed, so others may come first
-                heapq.heappush(waiting, (price + forced_price * len(forced), next(order), ending, matcher, place))
+                heapq.heappush(waiting, (price + len(forced), next(order), ending, matcher, place))
                 continue
             if matcher.is_accepting():
                 return ending
@@ -102,22 +106,22 @@ class EndingSearch:
                 continue
             seen.add(looks)
             effort -= 1
-            for written in self._worth_trying(allowed, place):
+            worth_trying, is_free_text = self._worth_trying(allowed, place)
+            for written in worth_trying:
                 step = matcher.deep_copy()
                 if step.consume_tokens(list(written)):
-                    heapq.heappush(
-                        waiting, (price + len(written), next(order), ending + written, step, place.after(written))
-                    )
+                    paid = price + len(written) * (free_text_price if is_free_text else 1)
+                    heapq.heappush(waiting, (paid, next(order), ending + written, step, place.after(written)))
         return None
 
-    def _worth_trying(self, bitmask: bytes, place: Place) -> list[bytes]:
-        """What may begin a shortest ending: allowed bytes, or in free text some words."""
+    def _worth_trying(self, bitmask: bytes, place: Place) -> tuple[list[bytes], bool]:
+        """What may begin a shortest ending: allowed bytes, or in free text some words; and whether it is free text."""
         allowed = np.flatnonzero(np.unpackbits(np.frombuffer(bitmask, np.uint8), bitorder="little")[:256]).tolist()
         if self._is_json:
             allowed = _worth_trying_in_json(allowed, place)
         if len(allowed) <= _FEW:
-            return [bytes([byte]) for byte in allowed]
-        return [word for word in self._words if word[0] in allowed] or [bytes(allowed[:1])]
+            return [bytes([byte]) for byte in allowed], False
+        return [word for word in self._words if word[0] in allowed] or [bytes(allowed[:1])], True
 
 
 def _worth_trying_in_json(allowed: list[int], place: Place) -> list[int]:
