@@ -258,7 +258,7 @@ class Sidecars:
 
 def _sidecar(picture: Picture, keep_suffix: bool = False) -> Path:
     path = Path(picture.path)
-    stem = path.name if keep_suffix else path.stem
+    stem = path.name if keep_suffix or path.suffix == ".txt" else path.stem  # never the picture itself
     return path.with_name(f"{stem}.txt" if picture.page is None else f"{stem}.page{picture.page}.txt")
 
 

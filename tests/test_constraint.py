@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models
 
 from mlx_fastvlm import generate, load, stream_generate
 from mlx_fastvlm.constraint import make_constraint, read_json_schema
+from mlx_fastvlm.constraint.json_schema import ending_bound, narrow
+from mlx_fastvlm.constraint.token_table import token_table
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.json_schema import ending_bound, narrow
 from mlx_fastvlm.processor import Processor
-from mlx_fastvlm.token_table import token_table
 from tests.reference.qwen_tokenizer import SKIP_REASON, qwen_tokenizer_json
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

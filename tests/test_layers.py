@@ -29,6 +29,9 @@ ONLY_IN = {
     "PIL": {"mlx_fastvlm/image_processing.py"},
     "huggingface_hub": {"mlx_fastvlm/hub.py"},
     "httpx": {"mlx_fastvlm/image_source.py"},
+    "llguidance": {
+        f"mlx_fastvlm/constraint/{path.name}" for path in (ROOT / "mlx_fastvlm" / "constraint").glob("*.py")
+    },
 }
 # file or folder → parts of ours that it may import
 MAY_IMPORT = {
@@ -54,6 +57,7 @@ MAY_IMPORT = {
     "mlx_fastvlm/sampling.py": {"errors"},
     "mlx_fastvlm/text_stream.py": set(),
     "mlx_fastvlm/options.py": {"cache", "errors", "sampling"},
+    "mlx_fastvlm/constraint": {"constraint", "errors", "json_file", "processor"},
     "mlx_fastvlm/token_draw.py": {"constraint", "options", "processor", "sampling"},
     "mlx_fastvlm/answer.py": {"options", "processor"},
     "mlx_fastvlm/prefix_cache.py": {"cache"},

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from mlx_fastvlm.constraint.json_schema import ending_bound, keyword_values, narrow, parse_schema
+from mlx_fastvlm.constraint.shortest_ending import EndingSearch, Place
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.json_schema import ending_bound, keyword_values, narrow, parse_schema
-from mlx_fastvlm.shortest_ending import EndingSearch, Place
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_fastvlm.answer_grammar import END_BYTE, FIRST_EFFORT, Grammar, byte_vocabulary, choices_grammar, schema_grammar
+from mlx_fastvlm.constraint.answer_grammar import (
+    END_BYTE,
+    FIRST_EFFORT,
+    Grammar,
+    byte_vocabulary,
+    choices_grammar,
+    schema_grammar,
+)
+from mlx_fastvlm.constraint.shortest_ending import Place
+from mlx_fastvlm.constraint.token_table import TokenTable, token_table
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.json_schema import read_json_schema
-from mlx_fastvlm.shortest_ending import Place
-from mlx_fastvlm.token_table import TokenTable, token_table
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from mlx_fastvlm.processor import Processor
-
-__all__ = ["Constraint", "make_constraint", "read_json_schema"]
 
 # When tokens may run out, only so many of the likeliest are looked at, down to a thousandth of the likeliest's chance.
 _LOOKED_AT = 32
