@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
@@ -96,6 +97,37 @@ def progress() -> Iterator[OnProgress]:
     finally:
         if bar is not None:
             bar.stop()
+
+
+@contextmanager
+def counting(total: int, unit: str, *, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal, for work on `total` things of one kind.
+
+    Args:
+        total: how many there are.
+        unit: what they are called, in the plural.
+        visible: False shows no bar in any case.
+
+    Yields:
+        To be called with how many are done, and how many of these are bad.
+    """
+    from rich.console import Console  # imported here: rich takes 50 ms
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    bar = Progress(
+        *columns, console=console, disable=not (visible and console.is_terminal), transient=True, redirect_stdout=False
+    )
+    with bar:
+        task = bar.add_task(unit, total=total)
+        start = time.monotonic()
+
+        def report(done: int, bad: int) -> None:
+            rate = done / max(time.monotonic() - start, 1e-9)
+            bar.update(task, completed=done, description=f"{rate:.1f} {unit}/s" + (f", {bad} bad" if bad else ""))
+
+        yield report
 
 
 def _amount(done: int, total: int) -> str:
