@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_fastvlm.image_processing import Background, ImageSource, open_image
-from mlx_fastvlm.image_source import read_image_bytes, source_name
+from mlx_fastvlm.image_source import named_page, read_image_bytes, source_name
 
 _DIGEST_BYTES = 16
 
@@ -37,9 +37,7 @@ class ImageContent:
         """What `open_image` takes, and calls by its name if it is damaged."""
         if not self.is_file:
             return self.source
-        file = io.BytesIO(self.source)
-        file.name = self.name
-        return file
+        return _named_file(self.source, self.name)
 
     def file_bytes(self) -> bytes:
         """The image as a file: its own bytes, or a PNG of the pixels."""
@@ -68,11 +66,19 @@ def recognize(
     name = name or source_name(source)
     if not hasattr(source, "convert") and not isinstance(source, np.ndarray):
         data = read_image_bytes(source)
-        if not data.startswith(b"%PDF"):  # a document's name says which page it is about
+        page = named_page(source)
+        if page is None:
             return ImageContent(hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest(), data, name)
-        if not isinstance(source, str):
-            source = data
+        source = _named_file(
+            data, f"{name.removesuffix(f'#page={page}')}#page={page}"
+        )  # one page of a document is known by its pixels
     picture = open_image(source, background=background).copy()
     pixels = hashlib.blake2b(repr(picture.size).encode(), digest_size=_DIGEST_BYTES)
     pixels.update(picture.tobytes())
     return ImageContent(pixels.hexdigest(), picture, name)
+
+
+def _named_file(data: bytes, name: str) -> io.BytesIO:
+    file = io.BytesIO(data)
+    file.name = name
+    return file

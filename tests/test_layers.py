@@ -29,6 +29,10 @@ ONLY_IN = {
     "PIL": {"mlx_fastvlm/image_processing.py"},
     "huggingface_hub": {"mlx_fastvlm/hub.py"},
     "httpx": {"mlx_fastvlm/image_source.py"},
+    "pillow_heif": {"mlx_fastvlm/image_processing.py"},
+    "pypdfium2": {"mlx_fastvlm/pdf_pages.py"},
+    "exiv2": {"mlx_fastvlm/picture_metadata.py"},
+    "ray": set(),
     "llguidance": {
         f"mlx_fastvlm/constraint/{path.name}" for path in (ROOT / "mlx_fastvlm" / "constraint").glob("*.py")
     },

@@ -1,6 +1,8 @@
 """Reuse is exact: what was computed for earlier answers changes later ones by no more than rounding, and is not redone."""
 
 import dataclasses
+import io
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -199,6 +201,17 @@ class TestRecognize:
         array[0, 0, 0] ^= 1
         assert recognize(array) != first
         assert recognize(picture.resize(picture.size[::-1])) != first
+
+    def test_pages_of_a_document_are_pictures_of_their_own(self, tmp_path):
+        pytest.importorskip("pypdfium2", reason="install the extra 'formats'")
+        document = tmp_path / "two.pdf"
+        colors = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+        colors[0].save(document, save_all=True, append_images=colors[1:])
+        first, second = (recognize(f"{document}#page={page}") for page in (1, 2))
+        assert first != second
+        file = io.BytesIO(document.read_bytes())
+        file.name = f"{document}#page=2"  # as `describe` hands it on
+        assert recognize(file) == second == recognize(Path(f"{document}#page=2"))
 
     def test_it_is_a_snapshot(self):
         array = np.array(Image.open(PICTURE).convert("RGB"))
