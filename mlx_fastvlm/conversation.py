@@ -6,6 +6,7 @@ Every question is asked with all that was said before; `Reuse` keeps it from bei
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -25,10 +26,8 @@ from mlx_fastvlm.reuse import Reuse
 
 Context = Literal["error", "slide"]
 
-_UNLIKE_WORDS = (
-    "0",
-    "A",
-)  # two questions whose tokens begin differently: what they share is known before a question is
+# Two questions whose tokens begin differently: what they share is known before a question is.
+_UNLIKE_WORDS = ("0", "A")
 
 
 class Conversation:
@@ -43,8 +42,8 @@ class Conversation:
         image: one or several, shown with the first question.
         system: system line in place of the default.
         context: when the context is full, "error" raises ContextError, "slide" leaves the oldest turns out of what the
-            model is told (not out of `turns`); their images stay.
-        reuse: shared with other conversations of the same model; None makes one.
+            model is told (not out of `turns`), a quarter of the context at a time; their images stay.
+        reuse: shared with other conversations of the same model and thread; None makes one.
         options: defaults for every question, see `GenerationOptions`.
 
     Attributes:
@@ -53,7 +52,7 @@ class Conversation:
         reuse: what is shared with branches.
 
     Raises:
-        OptionError: an option is out of range.
+        OptionError: an option is out of range, or `reuse` another model's.
         ImageError: an image cannot be read.
     """
 
@@ -79,7 +78,12 @@ class Conversation:
         self.options = options
         self._shown: list[ImageContent] = []
         self.show([] if image is None else image)
-        self.reuse = reuse or Reuse(model, processor)
+        if reuse is not None:
+            reuse.check_model(model, processor)
+        self.reuse = Reuse(model, processor) if reuse is None else reuse
+
+    def __repr__(self) -> str:
+        return f"<Conversation: {len(self.turns)} turns, {len(self.images)} images>"
 
     def show(self, image: ImageSource | Sequence[ImageSource]) -> None:
         """Add images to the next question. Raises ImageError, and then adds none, if one cannot be read."""
@@ -116,12 +120,11 @@ class Conversation:
             ContextError: the context is full.
         """
         chosen = self._chosen(options)
-        clock = StageClock()
-        asked = [self._told(Turn(words, images=tuple(self._shown)), chosen) for words in _UNLIKE_WORDS]
+        shown = tuple(self._shown)
+        asked = [self._told([*self.turns, Turn(words, images=shown)], chosen) for words in _UNLIKE_WORDS]
         first, second = (self._tokenized(turns, chosen) for turns in asked)
         images = [image for turn in asked[0] for image in turn.images]
-        with self.reuse.prefilled(first[: common_length(first, second)], images, chosen, clock):
-            return clock
+        return self.reuse.prefill(first[: common_length(first, second)], images, chosen)
 
     def stream(
         self, question: str, image: ImageSource | Sequence[ImageSource] | None = None, **options: Any
@@ -136,25 +139,9 @@ class Conversation:
         Raises:
             OptionError, ImageError: on the first `next`; nothing is recorded.
         """
-        chosen = self._chosen(options)
-        turn = Turn(question, images=(*self._shown, *self._recognized(image)))
-        told = self._told(turn, chosen)
-        answer = None
-        try:
-            for response in stream_generate(
-                self.model,
-                self.processor,
-                _messages(told),
-                [image for each in told for image in each.images],
-                reuse=self.reuse,
-                **vars(chosen),
-            ):
-                answer = (answer or "") + response.text
-                yield response
-        finally:
-            if answer is not None:
-                self.turns.append(replace(turn, answer=answer))
-                self._shown = []
+        chosen, shown = self._chosen(options), tuple(self._shown)
+        turn = Turn(question, images=(*shown, *self._recognized(image)))
+        yield from self._answer(self.turns, turn, chosen, len(shown))
 
     def ask(self, question: str, image: ImageSource | Sequence[ImageSource] | None = None, **options: Any) -> str:
         """Ask, and get the whole answer; arguments as for `stream`."""
@@ -164,17 +151,8 @@ class Conversation:
         """Ask the last question again, in place of its answer. Raises OptionError if there is none."""
         if not self.turns:
             raise OptionError("There is no question to ask again yet.")
-        last = self.turns.pop()
-        shown, self._shown = self._shown, list(last.images)
-        asked = False
-        try:
-            for response in self.stream(last.question, **options):
-                asked = True
-                yield response
-        finally:
-            if not asked:
-                self.turns.append(last)
-            self._shown = shown
+        *earlier, last = self.turns
+        yield from self._answer(earlier, replace(last, answer=""), self._chosen(options), shown=0)
 
     def branch(self, turns: int | None = None) -> Conversation:
         """A conversation that goes on from an earlier turn and leaves this one as it is.
@@ -200,7 +178,11 @@ class Conversation:
 
     @classmethod
     def load(cls, model: FastVLM, processor: Processor, path: str | os.PathLike[str], **how: Any) -> Conversation:
-        """Go on with a saved conversation; `how` as for a new one. Raises ConversationError if it cannot be read."""
+        """Go on with a saved conversation. Raises ConversationError if it cannot be read.
+
+        Args:
+            how: as for a new conversation. Options are not in the file; a system line is, and gives way to one here.
+        """
         saved = load_conversation(path)
         conversation = cls(model, processor, **{"system": saved.system, **how})
         conversation.turns = list(saved.turns)
@@ -213,13 +195,59 @@ class Conversation:
     def _recognized(self, image: ImageSource | Sequence[ImageSource] | None) -> list[ImageContent]:
         return [recognize(each, self.processor.image_processor.background) for each in as_list(image)]
 
-    def _told(self, turn: Turn, options: GenerationOptions) -> list[Turn]:
-        """What the model is told to answer `turn`: all turns, or with "slide" as many of the last ones as fit."""
-        told = [*self.turns, turn]
-        if self.context == "slide":
-            while len(told) > 1 and self._positions(told, options) + options.max_tokens > self.context_limit:
-                told = _without_first(told)
-        return told
+    def _answer(
+        self, earlier: Sequence[Turn], turn: Turn, options: GenerationOptions, shown: int
+    ) -> Iterator[GenerationResponse]:
+        """Answer `turn` after `earlier`. Once that has begun these are the turns, however it ends.
+
+        Args:
+            earlier: `turns`, or the first of them; `turn` takes the place of the others.
+            shown: how many of the images shown for the next question are used up by it.
+        """
+        told = self._told([*earlier, turn], options)
+        answer = None
+        try:
+            for response in stream_generate(
+                self.model,
+                self.processor,
+                _messages(told),
+                [image for each in told for image in each.images],
+                reuse=self.reuse,
+                **vars(options),
+            ):
+                answer = (answer or "") + response.text
+                yield response
+        finally:
+            if answer is not None:
+                self.turns[len(earlier) :] = [replace(turn, answer=answer)]
+                del self._shown[:shown]
+
+    def _told(self, turns: Sequence[Turn], options: GenerationOptions) -> list[Turn]:
+        """What the model is told to answer the last of `turns`: all of them, or with "slide" as many as fit.
+
+        The window moves on by a quarter of the context at a time. Between its moves prompts begin alike, so that a
+        question costs its own tokens only.
+        """
+        if self.context == "error":
+            return list(turns)
+        room = self.context_limit - options.max_tokens
+        excess = self._positions(turns, options) - room
+        if excess <= 0:
+            return list(turns)
+        step = self.context_limit // 4
+        most = room + excess - -(-excess // step) * step
+        left_out = self._least_left_out(turns, options, most)
+        if left_out == len(turns) - 1:  # images take most of the context: a whole step would leave no turn
+            left_out = self._least_left_out(turns, options, room)
+        return _without_first(turns, left_out)
+
+    def _least_left_out(self, turns: Sequence[Turn], options: GenerationOptions, most: int) -> int:
+        """How many of the first turns must go for the rest to take `most` positions; all but the last, if even those."""
+        return bisect_left(
+            range(len(turns) - 1),
+            True,
+            key=lambda count: self._positions(_without_first(turns, count), options) <= most,
+        )
 
     def _tokenized(self, turns: Sequence[Turn], options: GenerationOptions) -> list[int]:
         num_images = sum(len(turn.images) for turn in turns)
@@ -240,8 +268,9 @@ def _messages(turns: Sequence[Turn]) -> list[Message]:
     return messages[:-1]
 
 
-def _without_first(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns less the oldest one, whose images come with the next one, first."""
-    gone, following, *others = turns
-    question = f"{IMAGE_MARK}\n" * len(gone.images) + following.marked_question()
-    return [replace(following, question=question, images=(*gone.images, *following.images)), *others]
+def _without_first(turns: Sequence[Turn], count: int) -> list[Turn]:
+    """Turns less the oldest ones, whose images come with the next one, first."""
+    images = [image for turn in turns[:count] for image in turn.images]
+    following, *others = turns[count:]
+    question = f"{IMAGE_MARK}\n" * len(images) + following.marked_question()
+    return [replace(following, question=question, images=(*images, *following.images)), *others]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ class Saved:
 
 def save_conversation(path: str | os.PathLike[str], saved: Saved) -> None:
     """Write a conversation, aside and then renamed. Raises ConversationError if it cannot be written."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -75,15 +74,21 @@ def save_conversation(path: str | os.PathLike[str], saved: Saved) -> None:
         ],
         "shown": [_image_object(image) for image in saved.shown],
     }
+    data = json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+    if len(data) > MAX_FILE_BYTES:
+        raise ConversationError(
+            f"{path} would take {len(data) / 2**30:.1f} GiB with its images; at most {MAX_FILE_BYTES / 2**30:g} GiB can "
+            "be read again: save a branch of it, or use smaller images."
+        )
     try:
-        replace_file(path, json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
+        replace_file(path, data)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConversationError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}).") from None
 
 
 def load_conversation(path: str | os.PathLike[str]) -> Saved:
     """Read what `save_conversation` wrote. Raises ConversationError if it is missing, damaged or something else."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     content = _read(path)
     if content.get("format") != FORMAT:
         raise ConversationError(
@@ -100,7 +105,7 @@ def load_conversation(path: str | os.PathLike[str]) -> Saved:
         ]
         system = content["system"]
         return Saved(turns, tuple(map(_image, content["shown"])), system if system is None else _text(system))
-    except (KeyError, TypeError, binascii.Error, ImageError) as error:
+    except (KeyError, TypeError, ValueError, ImageError) as error:  # ValueError: no base64
         raise ConversationError(f"{path} is damaged ({type(error).__name__}: {error}); use another copy.") from None
 
 

@@ -21,6 +21,7 @@ from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 
 _NAME_BYTES = 8
+_PREPARATION = 1  # raise it when the same file comes to give other rows: those in folders are made again
 
 
 class FeatureCache:
@@ -45,7 +46,7 @@ class FeatureCache:
         self._processor = processor
         self._max_bytes = max_bytes
         self._rows: OrderedDict[str, mx.array] = OrderedDict()
-        self._files = None if folder is None else _RowFiles(Path(folder).expanduser(), model, max_folder_bytes)
+        self._files = None if folder is None else _RowFiles(Path(os.path.expanduser(folder)), model, max_folder_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -132,10 +133,13 @@ class _RowFiles:
 
 
 def _fingerprint(model: FastVLM) -> str:
-    """A name for the weights that rows depend on, whatever file they came from: 32 hexadecimal digits."""
-    digest = hashlib.blake2b(str(model.dtype).encode(), digest_size=16)
+    """A name for the weights that rows depend on, whatever file they came from: 32 digits of a SHA-256.
+
+    There are hundreds of megabytes to read, and processors have this one built in.
+    """
+    digest = hashlib.sha256(f"{_PREPARATION} {model.dtype}".encode())
     for name, weight in sorted(tree_flatten(model.parameters())):
         if name.startswith(("vision_tower.", "mm_projector.")):
             digest.update(f"{name} {weight.shape} {weight.dtype}".encode())
             digest.update(np.ascontiguousarray(weight.reshape(-1).view(mx.uint8)))
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]

@@ -147,7 +147,7 @@ def stream_generate(
         model, processor: from `load`.
         prompt: a question, or messages (see `prompt.build_prompt`).
         image: a path, URL, "-" (standard input), bytes, PIL image or (H, W, 3) uint8 array; or a list of them.
-        reuse: what earlier answers computed and this one need not, and keeps what this one computes.
+        reuse: what earlier answers of this model computed and this one need not, and keeps what this one computes.
         options: see `options.GenerationOptions`: max_tokens, temp, top_p, top_k, repetition_penalty, seed, stop, system,
             kv_bits, json_schema, choices.
 
@@ -158,6 +158,8 @@ def stream_generate(
         OptionError, ImageError: on the first `next`, before anything is yielded.
     """
     chosen = GenerationOptions(**options)
+    if reuse is not None:
+        reuse.check_model(model, processor)
     clock = StageClock()
     images = as_list(image)
     if len(images) > 1:

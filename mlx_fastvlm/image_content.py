@@ -11,7 +11,7 @@ import numpy as np
 from mlx_fastvlm.image_processing import Background, ImageSource, open_image
 from mlx_fastvlm.image_source import named_page, read_image_bytes, source_name
 
-_DIGEST_BYTES = 16
+_DIGEST_LENGTH = 32  # hexadecimal digits of a SHA-256, which processors have built in
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,13 @@ def recognize(
         data = read_image_bytes(source)
         page = named_page(source)
         if page is None:
-            return ImageContent(hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest(), data, name)
-        source = _named_file(
-            data, f"{name.removesuffix(f'#page={page}')}#page={page}"
-        )  # one page of a document is known by its pixels
+            return ImageContent(hashlib.sha256(data).hexdigest()[:_DIGEST_LENGTH], data, name)
+        # One page of a document is known by its pixels.
+        source = _named_file(data, f"{name.removesuffix(f'#page={page}')}#page={page}")
     picture = open_image(source, background=background).copy()
-    pixels = hashlib.blake2b(repr(picture.size).encode(), digest_size=_DIGEST_BYTES)
+    pixels = hashlib.sha256(repr(picture.size).encode())
     pixels.update(picture.tobytes())
-    return ImageContent(pixels.hexdigest(), picture, name)
+    return ImageContent(pixels.hexdigest()[:_DIGEST_LENGTH], picture, name)
 
 
 def _named_file(data: bytes, name: str) -> io.BytesIO:

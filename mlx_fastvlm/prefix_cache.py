@@ -13,8 +13,10 @@ from mlx_fastvlm.cache import Cache
 # image come in order, so two prompts that agree on all positions before agree on which row it is.
 Position = int | str
 
+_FEW = 32  # positions: computing them again costs less than a second copy of all that comes before them takes
 
-@dataclass
+
+@dataclass(eq=False)
 class _Entry:
     positions: list[Position]
     cache: list[Cache]
@@ -53,11 +55,12 @@ class PrefixCache:
             The caches, one a layer, for the caller to extend, with their length: at least 1, and less than that of
             `positions`, so that the last one's logits are computed. Or None and 0.
         """
-        best, length = None, 0
+        known, best, length = positions[:-1], None, 0
         for entry in self._entries:
-            if entry.kv_bits == kv_bits and (common := common_length(entry.positions, positions[:-1])) > length:
+            common = common_length(entry.positions, known) if entry.kv_bits == kv_bits else 0
+            if common >= length:  # of several the one used last: what only shares a beginning is not used by that
                 best, length = entry, common
-        if best is None:
+        if not length:
             return None, 0
         self._entries.remove(best)
         self._entries.append(best)
@@ -66,7 +69,10 @@ class PrefixCache:
     def keep(
         self, positions: Sequence[Position], cache: list[Cache], kv_bits: int | None = None, pinned: bool = False
     ) -> None:
-        """Hold a copy of `cache`.
+        """Hold a copy of `cache`, or as much of its beginning as `max_bytes` allows.
+
+        It takes the place of what holds next to nothing else: this conversation one turn ago, another short question
+        on the same picture.
 
         Args:
             positions: what it holds, from the first on; what it holds beyond them is left out.
@@ -75,9 +81,12 @@ class PrefixCache:
             pinned: whether to hold it for good.
         """
         positions = list(positions)
+        nbytes = sum(layer.copy(len(positions)).nbytes for layer in cache)
+        if nbytes > self._max_bytes and not pinned:
+            del positions[len(positions) * self._max_bytes // nbytes :]
         cache = [layer.copy(len(positions)) for layer in cache]  # without the room that is for more
         mx.eval([layer.arrays() for layer in cache])
-        self._entries = [entry for entry in self._entries if not _is_within(entry, positions, kv_bits)]
+        self._entries = [entry for entry in self._entries if not _is_covered(entry, positions, kv_bits)]
         self._entries.append(_Entry(positions, cache, kv_bits, pinned))
         held = sum(entry.nbytes for entry in self._entries if not entry.pinned)
         for entry in [entry for entry in self._entries if not entry.pinned]:
@@ -95,7 +104,9 @@ def common_length(first: Sequence[Position], second: Sequence[Position]) -> int:
     return min(len(first), len(second))
 
 
-def _is_within(entry: _Entry, positions: list[Position], kv_bits: int | None) -> bool:
-    """Whether an entry holds nothing that `positions` does not and may go."""
+def _is_covered(entry: _Entry, positions: list[Position], kv_bits: int | None) -> bool:
+    """Whether an entry holds few positions that `positions` does not, in all and beside those it does, and may go."""
+    if entry.pinned or entry.kv_bits != kv_bits:
+        return False
     length = len(entry.positions)
-    return not entry.pinned and entry.kv_bits == kv_bits and positions[:length] == entry.positions
+    return length - common_length(entry.positions, positions) <= min(_FEW, length // 16)

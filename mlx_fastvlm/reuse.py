@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.config import IMAGE_TOKEN_INDEX
+from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.feature_cache import FeatureCache
 from mlx_fastvlm.generate import Prefilled, check_context, prefill
 from mlx_fastvlm.image_content import ImageContent, recognize
@@ -37,7 +38,7 @@ class ReusablePrompt(Prefilled):
         positions: what the decoder saw, the answer so far included.
     """
 
-    positions: list[Position] | None = None
+    positions: list[Position] = field(default_factory=list)
 
     def saw(self, token: int) -> None:
         """Note the next token of the answer."""
@@ -46,6 +47,8 @@ class ReusablePrompt(Prefilled):
 
 class Reuse:
     """The memory that the answers of one model share. Give it to `generate`, or let a `Conversation` make one.
+
+    Use it, and everything that shares it, from one thread at a time.
 
     Args:
         model, processor: from `load`. The constant beginning of every prompt is run through the decoder here.
@@ -68,6 +71,11 @@ class Reuse:
         self.features = FeatureCache(model, processor, max_feature_bytes, folder)
         self.prefixes = PrefixCache(max_prefix_bytes)
         self._prefill_beginning()
+
+    def check_model(self, model: FastVLM, processor: Processor) -> None:
+        """Raise OptionError if answers of another model are to be made with it: what it holds is worth nothing to them."""
+        if model is not self.model or processor is not self.processor:
+            raise OptionError("This Reuse was made with another model or processor; make one for each that is loaded.")
 
     @contextmanager
     def prefilled(

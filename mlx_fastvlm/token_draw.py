@@ -26,25 +26,28 @@ class TokenDraw:
         self._sampler = make_sampler(options.temp, options.top_p, options.top_k, options.seed)
         self._penalty = options.repetition_penalty
         self._constraint = constraint
-        self._drawn: mx.array | None = None  # (1, tokens so far)
+        self._last: mx.array | None = None  # (1,) the token drawn last
+        self._drawn: mx.array | None = None  # (1, tokens so far), for the penalty
         self.is_greedy = options.temp == 0 and self._penalty == 1 and constraint is None
 
     def __call__(self, logits: mx.array) -> mx.array:
         """(1, vocab) logits for the position after the last token drawn → (1,) token id, being computed."""
-        if self.is_greedy:
-            token = self._sampler(logits)
-            mx.async_eval(token)
-            return token
         if self._constraint is not None:
-            if self._drawn is not None:
-                self._constraint.accept(self._drawn[0, -1].item())
+            if self._last is not None:
+                self._constraint.accept(self._last.item())
             logits = self._constraint.restrict(logits)
-        if self._drawn is not None and self._penalty != 1:
-            logits = penalize_repetition(logits, self._drawn, self._penalty)
-        token = self._sampler(logits)
-        self._drawn = token[:, None] if self._drawn is None else mx.concatenate([self._drawn, token[:, None]], axis=1)
-        mx.async_eval(token)
-        return token
+        if self._penalty != 1:
+            logits = self._penalized(logits)
+        self._last = self._sampler(logits)
+        mx.async_eval(self._last)
+        return self._last
+
+    def _penalized(self, logits: mx.array) -> mx.array:
+        if self._last is None:
+            return logits
+        last = self._last[:, None]
+        self._drawn = last if self._drawn is None else mx.concatenate([self._drawn, last], axis=1)
+        return penalize_repetition(logits, self._drawn, self._penalty)
 
 
 def make_draw(processor: Processor, options: GenerationOptions) -> TokenDraw:

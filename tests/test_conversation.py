@@ -3,11 +3,12 @@
 import itertools
 import json
 import warnings
+from contextlib import closing
 
 import numpy as np
 import pytest
 
-from mlx_fastvlm import Conversation, generate, load
+from mlx_fastvlm import Conversation, Reuse, conversation_file, generate, load
 from mlx_fastvlm.conversation_file import Turn
 from mlx_fastvlm.errors import ConversationError, ImageError, OptionError
 from tests.conftest import GOLDEN
@@ -132,6 +133,34 @@ def test_retry_takes_the_last_answers_place(demo):
     assert chat.turns[-1].answer == other and len(chat.turns) == 2
 
 
+def test_images_shown_for_the_next_question_wait_for_it(demo):
+    chat = start(demo)
+    with closing(chat.stream("Describe this image.")) as responses:
+        next(responses)
+        chat.show(OTHER)
+    assert [image.name for image in chat.images] == [str(PICTURE), str(OTHER)]
+    with closing(chat.retry()) as responses:
+        next(responses)
+        chat.show(PICTURE)
+    assert [len(turn.images) for turn in chat.turns] == [1]
+    assert [image.name for image in chat.images] == [str(PICTURE), str(OTHER), str(PICTURE)]
+
+
+def test_a_branch_goes_on_as_this_one_would(demo):
+    chat = start(demo, system="Be brief.", context="slide", max_tokens=3)
+    branch = chat.branch()
+    assert branch.images == chat.images and branch.turns == [] and branch.reuse is chat.reuse
+    assert branch.context == "slide"
+    assert branch.ask("Describe this image.") == chat.ask("Describe this image.")
+    assert branch.turns is not chat.turns
+    assert repr(branch) == "<Conversation: 1 turns, 1 images>"
+
+
+def test_another_models_memory_is_refused(demo):
+    with pytest.raises(OptionError, match="another model"):
+        Conversation(*demo, reuse=Reuse(*load("demo")))
+
+
 def test_a_retry_that_is_refused_loses_nothing(demo):
     chat = start(demo)
     chat.ask("Describe this image.")
@@ -202,10 +231,33 @@ class TestFullContext:
         assert last.prompt_tokens + 150 <= chat.context_limit
         assert "encode" not in list(chat.stream("Describe this image."))[-1].timings
         assert chat.turns[: len(turns)] == turns
-        told = chat._told(Turn("Hello"), chat._chosen({}))
+        told = chat._told([*chat.turns, Turn("Hello")], chat._chosen({}))
         assert len(told) < len(chat.turns)
         assert [len(turn.images) for turn in told] == [1] + [0] * (len(told) - 1)
         assert told[0].question == "<image>\nDescribe this image."
+
+    def test_the_window_moves_rarely_and_is_found_fast(self, demo, monkeypatch):
+        chat = self.full(demo, max_tokens=150, context="slide")
+        tokenize, calls = chat.processor.tokenize, []
+        monkeypatch.setattr(chat.processor, "tokenize", lambda *given: calls.append(1) or tokenize(*given))
+        left_out = []
+        for _ in range(40):
+            chat.turns.append(Turn("And this?", "One shape.", ()))
+            told = chat._told([*chat.turns, Turn("Hello")], chat._chosen({}))
+            assert chat._positions(told, chat._chosen({})) + 150 <= chat.context_limit
+            assert len(told) > 2
+            left_out.append(len(chat.turns) + 1 - len(told))
+        assert left_out == sorted(left_out) and left_out[-1] > left_out[0] > 0
+        assert len(set(left_out)) <= 6
+        assert len(calls) < 40 * 12
+
+    def test_turns_are_told_even_if_images_take_most_of_the_context(self, demo):
+        chat = start(demo, max_tokens=100, context="slide")
+        rows = demo[0].config.vision_config.num_image_tokens
+        chat.turns.append(Turn("These?", "Yes.", chat.images * (800 // rows)))
+        chat.turns += [Turn("And this?", "One shape.")] * 12
+        told = chat._told([*chat.turns, Turn("Hello")], chat._chosen({}))
+        assert 1 < len(told) < len(chat.turns)
 
     def test_a_question_alone_that_is_too_long_is_refused_all_the_same(self, demo):
         chat = self.full(demo, max_tokens=150, context="slide")
@@ -252,7 +304,8 @@ class TestFiles:
             lambda turn: turn.pop("answer"),
             lambda turn: turn.update(question=3),
             lambda turn: turn.update(images=[{"name": "a", "base64": "!"}]),
-            lambda turn: turn.update(images=[{"name": "a", "base64": ""}]),
+            lambda turn: turn.update(images=[{"name": "a", "is_file": True, "base64": "é"}]),
+            lambda turn: turn.update(images=[{"name": "a", "is_file": True, "base64": ""}]),
             lambda turn: turn.update(images="no"),
         ):
             content = json.loads(json.dumps(whole))
@@ -264,8 +317,16 @@ class TestFiles:
     def test_files_that_cannot_be_reached_are_one_clear_line(self, demo, tmp_path):
         with pytest.raises(ConversationError, match="no file"):
             Conversation.load(*demo, tmp_path / "none.json")
+        with pytest.raises(ConversationError, match="no file"):
+            Conversation.load(*demo, "~nobody-of-this-name/chat.json")
         with pytest.raises(ConversationError, match="cannot be written"):
             start(demo).save(tmp_path / "none" / "chat.json")
+
+    def test_what_could_not_be_read_again_is_not_written(self, demo, tmp_path, monkeypatch):
+        monkeypatch.setattr(conversation_file, "MAX_FILE_BYTES", 1000)
+        with pytest.raises(ConversationError, match="branch"):
+            start(demo).save(tmp_path / "chat.json")
+        assert not (tmp_path / "chat.json").exists()
 
 
 def test_wrong_settings_are_refused_at_once(demo):

@@ -2,7 +2,11 @@
 
 import dataclasses
 import io
+import itertools
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -33,9 +37,9 @@ def tokens(responses):
     return [response.token for response in responses]
 
 
-def logits_both_ways(tiny, reuse, prompt, images, options=OPTIONS):
-    """Logits after a prompt from scratch and with `reuse`, and how much of it was known."""
-    ids = tiny[1].tokenize(prompt, len(images))
+def logits_both_ways(tiny, reuse, prompt, images, options=OPTIONS, answered=()):
+    """Logits after a prompt and tokens of its answer, from scratch and with `reuse`, and how much of it was known."""
+    ids = [*tiny[1].tokenize(prompt, len(images)), *answered]
     fresh = prefill_prompt(*tiny, ids, images, options, StageClock())
     with reuse.prefilled(ids, images, options, StageClock()) as reused:
         assert reused.prompt_tokens == fresh.prompt_tokens == fresh.cache[0].offset == reused.cache[0].offset
@@ -140,15 +144,20 @@ def test_an_answer_given_up_leaves_what_can_be_relied_on(stopped_after, tiny):
         assert relative_error(reused, fresh) < LOGITS["float32"]
 
 
-def test_an_interruption_in_the_middle_of_a_layer_leaves_what_can_be_relied_on(tiny, monkeypatch):
+@pytest.mark.parametrize("layer", [0, -1])
+def test_an_interruption_in_the_middle_of_a_layer_leaves_what_can_be_relied_on(layer, tiny, monkeypatch):
     reuse = Reuse(*tiny)
     responses = stream_generate(*tiny, "What is this?", PICTURE, reuse=reuse, max_tokens=12)
     for _ in range(3):
         next(responses)
     kind = type(tiny[0].make_cache()[0])
     attend = kind.attend
+    before = range(len(tiny[0].language_model.layers))[layer]  # layers that are run all the same
+    calls = itertools.count()
 
     def interrupted(self, queries, keys, values, scale):
+        if next(calls) < before:
+            return attend(self, queries, keys, values, scale)
         self.offset += 1  # the position is counted, but not written
         raise KeyboardInterrupt
 
@@ -156,15 +165,51 @@ def test_an_interruption_in_the_middle_of_a_layer_leaves_what_can_be_relied_on(t
     with pytest.raises(KeyboardInterrupt):
         next(responses)
     monkeypatch.setattr(kind, "attend", attend)
-    seen = answer(tiny, "What is this?")
-    turns = [
-        {"role": "user", "content": "What is this?"},
-        {"role": "assistant", "content": "".join(response.text for response in seen)},
-        {"role": "user", "content": "Why?"},
-    ]
-    fresh, reused, known = logits_both_ways(tiny, reuse, turns, [PICTURE])
+    answered = tokens(answer(tiny, "What is this?"))
+    fresh, reused, known = logits_both_ways(tiny, reuse, "What is this?", [PICTURE], answered=answered)
     assert known > rows_per_image(tiny)
     assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+@pytest.fixture
+def working_ahead(monkeypatch):
+    """Answers as on a GPU: the next step is under way while the last token is handled."""
+    gpu = SimpleNamespace(type=mx.DeviceType.gpu)
+    seen = SimpleNamespace(**(vars(mx) | {"default_device": lambda: gpu}))
+    monkeypatch.setattr(sys.modules["mlx_fastvlm.generate"], "mx", seen)
+
+
+@pytest.mark.parametrize("options", [{}, {"temp": 1.5, "seed": 2, "repetition_penalty": 1.4}, {"stop": ["e"]}])
+def test_working_ahead_changes_no_answer_and_nothing_that_is_kept(options, tiny, working_ahead, monkeypatch):
+    reuse = Reuse(*tiny)
+    ahead = answer(tiny, "What is this?", reuse=reuse, **options)
+    given_up = stream_generate(*tiny, "And how?", PICTURE, reuse=reuse, max_tokens=12, **options)
+    for _ in range(3):
+        next(given_up, None)
+    given_up.close()
+    monkeypatch.undo()
+    assert tokens(ahead) == tokens(answer(tiny, "What is this?", **options))
+    for asked in ("What is this?", "And how?"):
+        answered = tokens(answer(tiny, asked, **options))
+        fresh, reused, known = logits_both_ways(tiny, reuse, asked, [PICTURE], answered=answered)
+        assert known >= len(tiny[1].tokenize(asked, 1)) + rows_per_image(tiny)  # and what was said of the answer
+        assert relative_error(reused, fresh) < LOGITS["float32"]
+
+
+def test_half_precision_is_reused_too(converted_folder):
+    half = load(converted_folder("inference"), dtype="bfloat16")
+    reuse = Reuse(*half)
+    answer(half, "What is this?", reuse=reuse)
+    fresh, reused, known = logits_both_ways(half, reuse, "How many are there?", [PICTURE])
+    assert known > rows_per_image(half)
+    assert relative_error(reused.astype(mx.float32), fresh.astype(mx.float32)) < LOGITS["bfloat16"]
+
+
+def test_another_models_memory_is_refused(tiny):
+    model, processor = tiny
+    reuse = Reuse(model, type(processor)(processor.tokenizer, processor.image_processor, processor.eos_token_ids))
+    with pytest.raises(OptionError, match="another model"):
+        answer(tiny, "What is this?", reuse=reuse)
 
 
 def test_refusals_leave_nothing_and_harm_nothing(tiny, tmp_path):
@@ -245,12 +290,14 @@ class TestFeatureCache:
         again, stages = self.stages(self.features(tiny, folder=tmp_path), PICTURE)
         assert "encode" not in stages
         np.testing.assert_array_equal(np.array(rows), np.array(again))
-        weight = tiny[0].mm_projector[2].weight
-        try:
-            tiny[0].mm_projector[2].weight = weight * 2
-            assert "encode" in self.stages(self.features(tiny, folder=tmp_path), PICTURE)[1]
-        finally:
-            tiny[0].mm_projector[2].weight = weight
+        in_tower = next(module for module in tiny[0].vision_tower.modules() if "weight" in module)
+        for layer in (tiny[0].mm_projector[2], in_tower):
+            weight = layer.weight
+            try:
+                layer.weight = weight * 2
+                assert "encode" in self.stages(self.features(tiny, folder=tmp_path), PICTURE)[1]
+            finally:
+                layer.weight = weight
 
     def test_damaged_files_are_made_again(self, tiny, tmp_path):
         rows, _ = self.stages(self.features(tiny, folder=tmp_path), PICTURE)
@@ -271,6 +318,27 @@ class TestFeatureCache:
             self.stages(cache, np.full((8, 8, 3), 40 * i, np.uint8))
         assert len(list(tmp_path.rglob("*.safetensors"))) == 2
         assert not file.exists()
+
+    def test_in_the_folder_too_the_least_recently_used_goes_first(self, tiny, tmp_path):
+        colors = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(3)]
+        for color in colors[:2]:
+            self.stages(self.features(tiny, folder=tmp_path), color)
+            for file in tmp_path.rglob("*.safetensors"):
+                os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 100))  # the first is the older one
+        room = 2 * file.stat().st_size
+        assert "encode" not in self.stages(self.features(tiny, folder=tmp_path), colors[0])[1]
+        self.stages(self.features(tiny, folder=tmp_path, max_folder_bytes=room), colors[2])
+        again = [self.stages(self.features(tiny, folder=tmp_path), colors[i])[1] for i in (0, 1)]
+        assert ["encode" in stages for stages in again] == [False, True]
+
+    def test_one_picture_is_held_however_little_room_there_is(self, tiny):
+        cache = self.features(tiny, max_bytes=1)
+        assert ["encode" in self.stages(cache, image)[1] for image in (PICTURE, PICTURE, OTHER, PICTURE)] == [
+            True,
+            False,
+            True,
+            True,
+        ]
 
     def test_a_folder_that_cannot_be_written_is_given_up_with_a_warning(self, tiny, tmp_path):
         (tmp_path / "file").touch()
@@ -297,7 +365,7 @@ class TestPrefixCache:
         cache.keep([1, 2, "a", "b", 5], self.layers(tiny, 5, 2.0))
         for positions, length, value in [
             ([1, 2, "a", "b", 6], 4, 2.0),
-            ([1, 2, "a", "a"], 3, 1.0),
+            ([1, 2, "a", "a"], 3, 2.0),  # both hold it: the one used last
             ([1, 2, "a", "a", 7, 8], 4, 1.0),
             ([9], 0, None),
             ([1], 0, None),
@@ -324,6 +392,38 @@ class TestPrefixCache:
         cache.keep([1, 2], self.layers(tiny, 2, 1.0))
         cache.keep([1, 2, 3], self.layers(tiny, 3, 1.0))
         assert cache.nbytes == sum(layer.nbytes for layer in cache.longest([1, 2, 3, 4])[0])
+
+    @pytest.mark.parametrize("tail, entries", [(5, 1), (20, 2)])
+    def test_what_holds_next_to_nothing_else_gives_way(self, tail, entries, tiny):
+        cache = PrefixCache(2**24)
+        for end in (1, 2):
+            cache.keep([0] * 100 + [end] * tail, self.layers(tiny, 100 + tail, 1.0))
+        one = sum(layer.copy(100 + tail).nbytes for layer in self.layers(tiny, 100 + tail, 1.0))
+        assert cache.nbytes == entries * one
+        assert cache.longest([0] * 100 + [2] * tail + [3])[1] == 100 + tail
+
+    def test_other_kinds_and_pinned_ones_do_not_give_way(self, tiny):
+        cache = PrefixCache(2**20)
+        cache.keep([1, 2], self.layers(tiny, 2, 1.0), pinned=True)
+        cache.keep([1, 2], self.layers(tiny, 2, 8.0), kv_bits=8)
+        cache.keep([1, 2, 3], self.layers(tiny, 3, 1.0))
+        assert cache.longest([1, 2, 4], kv_bits=8)[0][0].keys.max().item() == 8.0
+        assert cache.nbytes == sum(self.layers(tiny, 7, 1.0)[0].copy(7).nbytes for _ in self.layers(tiny, 1, 1.0))
+
+    def test_what_shares_only_a_beginning_is_not_used_by_that(self, tiny):
+        cache = PrefixCache(2 * sum(layer.copy(3).nbytes for layer in self.layers(tiny, 3, 1.0)))
+        cache.keep([7, 1, 1], self.layers(tiny, 3, 1.0))
+        cache.keep([7, 2, 2], self.layers(tiny, 3, 1.0))
+        assert cache.longest([7, 3, 3])[1] == 1
+        cache.keep([7, 3, 3], self.layers(tiny, 3, 1.0))
+        assert [cache.longest([7, last, last, 0])[1] for last in (1, 2, 3)] == [1, 3, 3]
+
+    def test_of_what_is_too_long_the_beginning_is_held(self, tiny):
+        cache = PrefixCache(sum(layer.copy(5).nbytes for layer in self.layers(tiny, 5, 1.0)))
+        cache.keep(list(range(9)), self.layers(tiny, 9, 1.0))
+        found, known = cache.longest(list(range(12)))
+        assert known == 5 and found[0].offset == 5
+        assert cache.nbytes == sum(layer.nbytes for layer in found)
 
     def test_the_least_recently_used_goes_first_and_pinned_ones_never(self, tiny):
         one = sum(layer.copy(3).nbytes for layer in self.layers(tiny, 3, 1.0))
