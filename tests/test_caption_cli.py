@@ -70,6 +70,16 @@ def test_captions_are_those_of_generate_in_natural_order(run, folder, demo):
     assert summary.startswith("3 captioned (") and summary.endswith("/s), 1 bad.")
 
 
+def test_a_name_cannot_break_a_line_or_command_the_terminal(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw(Path("a\n\tb\x1b[31m日.png"), 1)
+    Path("bad\x1b[31m.png").touch()
+    code, out, err = run(".", "--max-tokens", 1)
+    assert code == 0
+    assert out.startswith(r"a\n\tb\x1b[31m日.png" + "\t") and out.count("\n") == 1
+    assert "[31m.png is empty" in err and "\x1b" not in err
+
+
 def test_json_lines_on_standard_output(run, folder):
     code, out, _ = run("photos", "--json", "--max-tokens", 3, "--stop", "zzz", "--prompt", "What?")
     found = [json.loads(line) for line in out.splitlines()]

@@ -536,8 +536,8 @@ def test_statistics_tell_what_was_done_beforehand(start):
         ("/image -", "standard input"),
         ("/load missing.json", "missing.json"),
         ("/load", "Expected the file"),
-        ("/branch", "/branch 1"),
-        ("/branch 9", "/branch 1"),
+        ("/branch", "Nothing was said"),
+        ("/branch 9", "Nothing was said"),
         ("/save /missing/folder/chat.json", "cannot be written"),
         ("/set color 1", "no option color"),
         ("/help me", "no command /me"),
@@ -552,6 +552,13 @@ def test_mistakes_are_a_line_and_the_chat_goes_on(line, told, start):
     assert len(view.errors) == 1 and told in view.errors[0]
     assert session.enter("How many shapes are there?")
     assert view.answers[-1] == "two"
+
+
+def test_going_back_further_than_there_is(start):
+    session, view = start(SHAPES)
+    session.enter("How many shapes are there?")
+    session.enter("/branch 1")
+    assert "below 1" in view.errors[-1] and "/branch 0" in view.errors[-1]
 
 
 def test_a_full_context_is_said_with_what_to_do(start):

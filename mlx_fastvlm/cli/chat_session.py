@@ -211,9 +211,11 @@ class Session:
 
     def _branch(self, argument: str) -> None:
         count = len(self.conversation.turns)
+        if not count:
+            raise OptionError("Nothing was said yet, so there is nothing to go back to.")
         if not argument.isdecimal() or int(argument) >= count:
             raise OptionError(
-                f"Expected a number below {count}, of the answers to keep, as in /branch 1; see /history."
+                f"Expected a number below {count}, of the answers to keep, as in /branch 0; see /history."
             )
         self._go_back(int(argument))
 
