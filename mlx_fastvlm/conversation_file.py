@@ -90,10 +90,6 @@ def load_conversation(path: str | os.PathLike[str]) -> Saved:
     """Read what `save_conversation` wrote. Raises ConversationError if it is missing, damaged or something else."""
     path = Path(os.path.expanduser(path))
     content = _read(path)
-    if content.get("format") != FORMAT:
-        raise ConversationError(
-            f"{path} is not a saved conversation: choose a file that /save or Conversation.save wrote."
-        )
     if content.get("version") != VERSION:
         raise ConversationError(
             f"{path} is in version {content.get('version')!r}; this release reads version {VERSION}: update mlx-fastvlm."
@@ -113,13 +109,19 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConversationError(f"{path} is larger than {MAX_FILE_BYTES / 2**30:g} GiB: no conversation is.")
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ConversationError(f"There is no file {path}: check the path.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConversationError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    if not isinstance(content, dict):
-        raise ConversationError(f"{path} is not a saved conversation: it holds a JSON {type(content).__name__}.")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConversationError(
+            f"{path} is not a saved conversation: choose a file that /save or Conversation.save wrote."
+        )
     return content
 
 

@@ -282,12 +282,13 @@ class TestFiles:
     @pytest.mark.parametrize(
         "content, message",
         [
-            ("", "cannot be read"),
+            ("", "not a saved conversation"),
+            ("\u00e9\u0000 words", "not a saved conversation"),
             ("[]", "not a saved conversation"),
             ("{}", "not a saved conversation"),
             ('{"format": "mlx-fastvlm conversation", "version": 99}', "version 99"),
             ('{"format": "mlx-fastvlm conversation", "version": 1, "system": null, "shown": []}', "damaged"),
-            ("[" * 100_000, "cannot be read"),
+            ("[" * 100_000, "not a saved conversation"),
         ],
     )
     def test_other_files_are_refused(self, content, message, demo, tmp_path):
