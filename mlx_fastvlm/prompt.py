@@ -50,7 +50,7 @@ def build_prompt(prompt: str | Sequence[Message], num_images: int = 0, system: s
         turns[first_user] = ("user", f"{IMAGE_MARK}\n" * num_images + turns[first_user][1])
     elif marks != num_images:
         raise OptionError(
-            f"The prompt has {marks} {IMAGE_MARK} mark{'s'[: marks != 1]} for {num_images} image{'s'[: num_images != 1]}; "
+            f"The numbers of {IMAGE_MARK} marks in the prompt, {marks}, and of images, {num_images}, differ; "
             "give one mark per image, or none."
         )
     framed = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)

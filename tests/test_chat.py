@@ -676,7 +676,7 @@ def test_a_saved_chat_goes_on(run, tmp_path, demo):
         ([__file__], "test_chat.py is text"),
         (["-"], "standard input"),
         (["--load", "missing.json"], "missing.json"),
-        (["--load", __file__], "cannot be read"),
+        (["--load", __file__], "not a saved conversation"),
         (["--top-p", "2"], "top_p is 2"),
         (["--kv-bits", "7"], "kv_bits is 7"),
         (["--context", "grow"], "grow"),

@@ -47,8 +47,8 @@ def test_images_without_marks_come_first():
 @pytest.mark.parametrize(
     "prompt, num_images, system, text",
     [
-        ("<image> and <image>", 1, None, "2 <image> marks for 1 images"),
-        ("see <image>", 0, None, "1 <image> marks for 0 images"),
+        ("<image> and <image>", 1, None, "marks in the prompt, 2, and of images, 1"),
+        ("see <image>", 0, None, "marks in the prompt, 1, and of images, 0"),
         ([{"role": "robot", "content": "hi"}], 0, None, "robot"),
         ([{"role": "user", "content": 3}], 0, None, "content is int"),
         ([{"role": "user", "content": [{"type": "audio"}]}], 0, None, "audio"),
