@@ -17,6 +17,7 @@ else:
 ROOT = Path(__file__).parent.parent
 RUNTIME = sorted((ROOT / "mlx_fastvlm").rglob("*.py"))
 CONVERTER = sorted((ROOT / "convert").rglob("*.py"))
+SERVER = "mlx_fastvlm/server"
 CLI = [f"mlx_fastvlm/cli/{path.name}" for path in (ROOT / "mlx_fastvlm" / "cli").glob("*.py")]
 
 # module → the only files that may import it at all
@@ -28,7 +29,12 @@ ONLY_IN = {
     "prompt_toolkit": {"mlx_fastvlm/cli/chat_editor.py"},
     "PIL": {"mlx_fastvlm/image_processing.py"},
     "huggingface_hub": {"mlx_fastvlm/hub.py"},
-    "httpx": {"mlx_fastvlm/image_source.py"},
+    "httpx": {"mlx_fastvlm/image_source.py", f"{SERVER}/remote_images.py"},
+    "fastapi": {f"{SERVER}/app.py", f"{SERVER}/run.py", "mlx_fastvlm/cli/serve.py"},
+    "starlette": {f"{SERVER}/{name}.py" for name in ("app", "guard", "replies")},
+    "uvicorn": {f"{SERVER}/run.py", "mlx_fastvlm/cli/serve.py"},
+    "pydantic": {f"{SERVER}/schema.py"},
+    "prometheus_client": {f"{SERVER}/metrics.py", "mlx_fastvlm/cli/serve.py"},
     "pillow_heif": {"mlx_fastvlm/image_processing.py"},
     "pypdfium2": {"mlx_fastvlm/pdf_pages.py"},
     "exiv2": {"mlx_fastvlm/picture_metadata.py"},
@@ -68,6 +74,10 @@ MAY_IMPORT = {
     "mlx_fastvlm/image_content.py": {"image_processing", "image_source"},
     "mlx_fastvlm/image_features.py": {"answer", "image_processing", "model", "processor"},
     "mlx_fastvlm/feature_cache.py": {"answer", "errors", "image_content", "image_features", "model", "processor"},
+    "mlx_fastvlm/server": set(
+        "answer batch_generate errors generate image_content image_processing image_source model options prefix_cache "
+        "processor prompt reuse server __version__".split()
+    ),
 }
 # file → parts that it may import beyond its folder's
 MAY_IMPORT_TOO = {
@@ -137,7 +147,7 @@ def test_answering_loads_nothing_heavy(tmp_path):
         "try: cli.main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "heavy = {'torch', 'transformers', 'mlx_lm', 'numba', 'huggingface_hub', 'httpx', 'mlx_fastvlm.convert'}\n"
-        "heavy |= {'rich.progress', 'prompt_toolkit'}\n"
+        "heavy |= {'rich.progress', 'prompt_toolkit', 'fastapi', 'starlette', 'uvicorn', 'prometheus_client'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     picture = ROOT / "examples" / "shapes-two.png"

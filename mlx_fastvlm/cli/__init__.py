@@ -1,4 +1,4 @@
-"""The command line: `mlx-fastvlm describe | convert | quantize | fidelity | verify | info | tune | selftest | bench`."""
+"""The command line; `mlx-fastvlm --help` lists the commands, each in a file here."""
 
 from mlx_fastvlm.cli.app import main
 from mlx_fastvlm.cli.describe import PRESET_PROMPTS, Preset

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mlx_fastvlm import __version__
-from mlx_fastvlm.cli import caption, chat, describe, kernels, models
+from mlx_fastvlm.cli import caption, chat, describe, kernels, models, serve
 from mlx_fastvlm.cli.bench import bench
 from mlx_fastvlm.cli.terminal import say
 from mlx_fastvlm.errors import FastVLMError, FastVLMWarning
@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (
-    describe.describe, chat.chat, caption.caption, models.convert, models.quantize, models.fidelity, models.verify, models.info,
+    describe.describe, chat.chat, caption.caption, serve.serve,
+    models.convert, models.quantize, models.fidelity, models.verify, models.info,
     kernels.tune, kernels.selftest,
 ):  # fmt: skip
     app.command()(_command)

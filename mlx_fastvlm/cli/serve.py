@@ -1,0 +1,129 @@
+"""`mlx-fastvlm serve`: a model behind OpenAI's interface, on this machine or for others."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_fastvlm.cli.options import ComputeDType, FitOption
+from mlx_fastvlm.cli.terminal import Model, Revision, load_model, say
+from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.loading import DEFAULT_MODEL
+
+_API_KEY = "MLX_FASTVLM_API_KEY"
+
+
+def serve(
+    model: Model = DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=_API_KEY, help="Clients must send this key.", show_default="no key")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers made at once.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    max_request_mb: Annotated[float, typer.Option(help="Largest request, in MiB.")] = 20,
+    max_images: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_seconds: Annotated[float, typer.Option(help="Most time for a request, waiting included.")] = 300,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Fetch images that clients name by http(s) URLs.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web pages from there may call; may be given again.", metavar="URL", show_default=False),
+    ] = None,
+    fit: FitOption = None,
+    dtype: ComputeDType = None,
+    revision: Revision = None,
+) -> None:
+    """Answer OpenAI clients: POST /v1/chat/completions, GET /v1/models, /health, /metrics.
+
+    \b
+    mlx-fastvlm serve --model demo
+    mlx-fastvlm serve --port 0
+    MLX_FASTVLM_API_KEY=… mlx-fastvlm serve --host 0.0.0.0
+    """
+    is_local = _is_local(host)
+    if not is_local and not api_key:
+        raise OptionError(
+            f"With --host {host} others can reach this server; choose a key for them: --api-key or {_API_KEY}."
+        )
+    _check_installed()
+
+    from mlx_fastvlm.server.app import create_app
+    from mlx_fastvlm.server.limits import Limits
+    from mlx_fastvlm.server.run import Server, open_socket
+
+    limits = Limits(
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_request_mb=max_request_mb,
+        max_images=max_images,
+        max_tokens=max_tokens,
+        max_seconds=max_seconds,
+    )
+    with open_socket(host, port) as listener:
+        loaded, processor = load_model(model, dtype, revision)
+        if fit is not None:
+            processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
+        model_id = _public_name(model)
+        app = create_app(
+            loaded,
+            processor,
+            model_id=model_id,
+            limits=limits,
+            api_key=api_key,
+            local_only=is_local,
+            allow_remote_images=allow_remote_images,
+            cors_origins=cors_origin or (),
+        )
+        say(_greeting(host, listener.getsockname()[1], model_id, bool(api_key)))
+        with suppress(KeyboardInterrupt):  # the server has ended by then
+            Server(app, limits.grace_seconds).run(sockets=[listener])
+    say("Stopped.")
+
+
+def _is_local(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise OptionError(f"The server needs {error.name}: run `pip install 'mlx-fastvlm[server]'`.") from None
+
+
+def _public_name(model: str) -> str:
+    """What clients call the model: a hub id as it is, but nothing of where a folder lies."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def _greeting(host: str, port: int, model_id: str, needs_key: bool) -> str:
+    """Where the server is and how to call it."""
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{port}/v1"
+    key = "KEY" if needs_key else "none"
+    return (
+        f"{model_id} at {url}\n"
+        f'  python: openai.OpenAI(base_url="{url}", api_key="{key}").chat.completions.create(model="{model_id}", …)\n'
+        f"  shell:  curl {url}/models" + (' -H "Authorization: Bearer KEY"' if needs_key else "") + "\n"
+        "Ctrl-C stops it."
+    )

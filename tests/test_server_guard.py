@@ -1,0 +1,207 @@
+"""Who may call a server, how much they may send, and what it fetches for them."""
+
+import http.server
+import ipaddress
+import socket
+import threading
+
+import pytest
+
+from mlx_fastvlm import load
+from mlx_fastvlm.errors import ImageError, OptionError
+from mlx_fastvlm.server.limits import Limits
+from mlx_fastvlm.server.remote_images import fetch_image, is_public
+from tests.live_server import example, openai_or_skip, serving, user
+
+openai = openai_or_skip()
+
+BODY = {"model": "demo", "messages": [user("Hello")], "max_tokens": 1}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def closed(demo):
+    """A server for this machine, with a key and small limits."""
+    with serving(*demo, limits=Limits(max_request_mb=0.1), api_key="s3cret", allow_remote_images=True) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def for_pages(demo):
+    """A server that the pages of one site may call."""
+    with serving(*demo, cors_origins=["https://app.example"]) as live:
+        yield live
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic s3cret", "s3cret", b"Bearer \xff\xfe", "Bearer"])
+def test_without_the_key_there_is_nothing_but_health(closed, path, header):
+    response = closed.http().get(path, headers={} if header is None else {"Authorization": header})
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert "s3cret" not in response.text
+
+
+def test_with_the_key_there_is(closed):
+    assert closed.http().get("/health").status_code == 200
+    assert closed.ask("Hello", max_tokens=1).usage.completion_tokens == 1
+    wrong = openai.OpenAI(base_url=closed.url, api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "[", "", "10.0.0.1"])
+def test_a_local_server_is_called_by_a_local_name_only(for_pages, host):
+    response = for_pages.http().get("/v1/models", headers={"Host": host})
+    assert response.status_code in (400, 403)  # 400: uvicorn's, for what is no name
+    assert "demo" not in response.text
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1", "[::1]:80"])
+def test_all_local_names_are_good(for_pages, host):
+    assert for_pages.http().get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "https://app.example.evil"])
+def test_web_pages_from_elsewhere_may_not_call(for_pages, origin):
+    response = for_pages.http().post(CHAT, json=BODY, headers={"Origin": origin})
+    assert response.status_code == 403
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_the_servers_own_pages_and_the_named_sites_may(for_pages):
+    own = for_pages.url.removesuffix("/v1")
+    assert for_pages.http().post(CHAT, json=BODY, headers={"Origin": own}).status_code == 200
+    site = {"Origin": "https://app.example"}
+    asked = for_pages.http().options(CHAT, headers={**site, "Access-Control-Request-Method": "POST"})
+    assert asked.headers["access-control-allow-origin"] == "https://app.example"
+    answered = for_pages.http().post(CHAT, json=BODY, headers=site)
+    assert answered.status_code == 200
+    assert answered.headers["access-control-allow-origin"] == "https://app.example"
+
+
+def test_a_page_cannot_pass_json_off_as_plain_text(for_pages):
+    response = for_pages.http().post(CHAT, content=b'{"model": "demo"}', headers={"Content-Type": "text/plain"})
+    assert response.status_code == 400
+
+
+def test_too_large_a_request_is_not_read(closed):
+    key = {"Authorization": "Bearer s3cret"}
+    large = b" " * 150_000
+    told = closed.http().post(CHAT, content=large, headers=key)
+    pieces = closed.http().post(CHAT, content=(large[i : i + 50_000] for i in range(0, 150_000, 50_000)), headers=key)
+    for response in (told, pieces):
+        assert response.status_code == 413
+        assert "0.1 MiB" in response.json()["error"]["message"]
+
+
+def test_wrong_routes_have_openais_errors(for_pages):
+    assert for_pages.http().get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert for_pages.http().get(CHAT).status_code == 405
+
+
+def test_no_documentation_page_that_loads_from_elsewhere(for_pages):
+    assert for_pages.http().get("/docs").status_code == 404
+    schema = for_pages.http().get("/openapi.json").json()
+    assert set(schema["paths"]) >= {CHAT, "/v1/models", "/health", "/metrics"}
+    assert "422" not in schema["paths"][CHAT]["post"]["responses"]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_a_limit_is_above_zero(value):
+    with pytest.raises(OptionError, match="max_seconds"):
+        Limits(max_seconds=value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 "
+    "::1 :: fe80::1 fc00::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 2002:7f00:1:: "
+    "2001:db8::1".split(),
+)
+def test_addresses_that_are_not_public(address):
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_addresses_that_are(address):
+    assert is_public(ipaddress.ip_address(address))
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Serves a picture, a redirect to it, one to elsewhere, one to itself, and too much."""
+
+    asked: list[tuple[str, str]] = []
+
+    def do_GET(self):
+        Site.asked.append((self.headers["Host"], self.path))
+        places = {"/moved": "/picture.png", "/inside": f"http://127.0.0.2:{self.server.server_port}/", "/loop": "/loop"}
+        self.send_response(302 if self.path in places else 200 if self.path != "/missing" else 404)
+        if self.path in places:
+            self.send_header("Location", places[self.path])
+        self.end_headers()
+        if self.path == "/picture.png":
+            self.wfile.write(example("word.png"))
+        if self.path == "/large":
+            self.wfile.write(b"\0" * 2**21)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def is_this_machine(address) -> bool:
+    return str(address) == "127.0.0.1"
+
+
+def fetch(url: str, may_reach=is_this_machine) -> bytes:
+    return fetch_image(url, max_mb=1, max_seconds=5, may_reach=may_reach)
+
+
+def test_a_picture_is_fetched_and_redirects_are_followed(site):
+    assert fetch(f"{site}/picture.png") == fetch(f"{site}/moved") == example("word.png")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("/inside", "not on the public"), ("/loop", "redirects"), ("/large", "larger than 1 MiB"), ("/missing", "404")],
+)
+def test_what_is_not_fetched(site, path, words):
+    with pytest.raises(ImageError, match=words):
+        fetch(site + path)
+
+
+def test_a_name_is_judged_by_its_address_and_asked_for_once(site, monkeypatch):
+    port = int(site.rpartition(":")[2])
+    answers = iter(["127.0.0.1", "10.0.0.1"])  # another one each time it is asked
+    resolve = socket.getaddrinfo
+
+    def rebinding(host, *more, **options):
+        return resolve(next(answers) if host == "pictures.example" else host, *more, **options)
+
+    monkeypatch.setattr("socket.getaddrinfo", rebinding)
+    assert fetch(f"http://pictures.example:{port}/picture.png") == example("word.png")
+    assert Site.asked[-1] == (f"pictures.example:{port}", "/picture.png")
+    with pytest.raises(ImageError, match="not on the public internet"):
+        fetch(f"http://pictures.example:{port}/picture.png")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "[::1]", "0x7f.1", "2130706433", "[::ffff:127.0.0.1]"])
+def test_a_server_does_not_fetch_from_its_own_network(closed, site, name):
+    url = f"http://{name}:{site.rpartition(':')[2]}/picture.png"
+    before = len(Site.asked)
+    with pytest.raises(openai.BadRequestError, match="not on the public internet|the request failed"):
+        closed.ask("Hello", url)
+    assert len(Site.asked) == before
