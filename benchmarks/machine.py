@@ -100,6 +100,15 @@ def peak_rss() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
+def resident_bytes(pid: int) -> int | None:
+    """Memory that a process has resident now; None once it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        kibibytes = _output("ps", "-o", "rss=", "-p", str(pid))  # where there is no /proc
+        return int(kibibytes) * 1024 if kibibytes else None
+
+
 def child_rss_bytes(usage: resource.struct_rusage) -> int:
     """ru_maxrss in bytes: Linux counts KiB, macOS bytes."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

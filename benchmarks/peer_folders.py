@@ -12,15 +12,36 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.convert import convert
+from mlx_fastvlm.convert.export import export
+from mlx_fastvlm.convert.unfold import CLIP_HEAD, CLIP_HEAD_WIDTH
 from mlx_fastvlm.loading import DTYPES
 
+from .command import BenchmarkError
+
+TOWER_SIZES = "mlx_fastvlm_tower_sizes"
 _MLX_VLM_IMAGE_SIZE = 1024
+_ONE_FILE = 2**50  # bytes: no export is larger
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """Where the copies go: a folder that is kept, or one that is deleted at the end."""
+    if given is not None:
+        if not given.is_dir():
+            raise BenchmarkError(f"{given} is not a folder; make it first.")
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as folder:
+        yield Path(folder)
 
 
 def make_ours(checkpoint: Path, folder: Path, dtype: str) -> Path:
@@ -60,3 +81,23 @@ def _copy_as(dtype: mx.Dtype, source: Path, destination: Path) -> None:
         if mx.issubdtype(weights[name].dtype, mx.floating):
             weights[name] = weights[name].astype(dtype)
     mx.save_safetensors(str(destination), weights, {"format": "pt"})
+
+
+def export_to_mlx_vlm(model: Path, folder: Path, dtype: str) -> Path:
+    """Write a converted model into `folder`, in `dtype`, as mlx-vlm reads it, unless an earlier run has.
+
+    The sizes of mlx-vlm's tower are constants of its code. Another tower's, the demo's, stand under TOWER_SIZES in
+    config.json, where `runners.load_mlx_vlm` finds them.
+    """
+    if folder.exists():
+        return folder
+    tower = FastVLMConfig.from_folder(model).vision_config
+    aside = folder.with_name(f".{folder.name}.partial")
+    export(model, aside, "hub", dtype=dtype, max_shard_bytes=_ONE_FILE, force=True)
+    head = mx.zeros((tower.hidden_size, CLIP_HEAD_WIDTH), DTYPES[dtype])  # mlx-vlm demands it and never reads it
+    mx.save_safetensors(str(aside / "clip-head.safetensors"), {CLIP_HEAD: head}, {"format": "pt"})
+    config = json.loads((aside / "config.json").read_text())
+    config.pop("vision_config", None)
+    config[TOWER_SIZES] = {"embed_dims": tower.embed_dims, "layers": tower.layers}
+    (aside / "config.json").write_text(json.dumps(config))
+    return aside.rename(folder)

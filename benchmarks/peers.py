@@ -28,10 +28,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from mlx_fastvlm.loading import DTYPES
 
 from .command import DEFAULT_PROMPT, BenchmarkError, add_picture, at_least_one, make_parser, progress, run
 from .machine import computes_on_cpu
-from .peer_folders import make_mlx_vlm, make_ours
+from .peer_folders import make_mlx_vlm, make_ours, work_folder
 from .picture import picture_file
 from .report import Summary, as_factor, format_table, plain, ratios
 from .runner_process import RunnerProcess, Unavailable
@@ -59,7 +58,7 @@ def measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
         picture = stack.enter_context(picture_file(args.image))
-        work = stack.enter_context(_work_folder(args.work))
+        work = stack.enter_context(work_folder(args.work))
         runners = {}
         for name in (OURS, *args.peers):
             progress(f"Loading {name}.")
@@ -125,6 +124,7 @@ def ask_in_turns(
     repeat: int,
     limits: Mapping[str, int],
     broken: dict[str, str] | None = None,
+    tell: Callable[[str, dict[str, Any]], str] | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
     """`repeat` + 1 rounds of runner name → answer; the first round is the one that is not to be counted.
 
@@ -135,10 +135,12 @@ def ask_in_turns(
         limits: runner name → how many counted rounds it takes part in, from the first on; not in the uncounted one.
         broken: filled with peers that break, name → reason; they are asked no more, and the others go on. Without it any
             break ends the benchmark, as does one of ours.
+        tell: what to say of a runner's answer; BenchmarkError where it is of no use. None is `_first_token`.
 
     Raises:
-        BenchmarkError: an answer is empty, or a runner breaks.
+        BenchmarkError: an answer is of no use, or a runner breaks.
     """
+    tell = tell or _first_token
     rounds = []
     for turn in range(repeat + 1):
         answers = {}
@@ -147,25 +149,24 @@ def ask_in_turns(
                 continue
             time.sleep(_PAUSE_SECONDS)
             try:
-                answers[name] = _ask(name, runner, request)
+                answer = runner.ask(**request)
+                told = tell(name, answer)
             except BenchmarkError as error:
-                if broken is None or name == OURS:
+                if broken is None or name.startswith(OURS):
                     raise
                 broken[name] = str(error)
                 progress(f"Going on without {name}: {error}")
                 continue
-            progress(
-                f"{'not counted' if turn == 0 else f'{turn}/{repeat}'}: {name} {answers[name]['ttft'] * 1e3:,.0f} ms"
-            )
+            answers[name] = answer
+            progress(f"{'not counted' if turn == 0 else f'{turn}/{repeat}'}: {name} {told}")
         rounds.append(answers)
     return rounds
 
 
-def _ask(name: str, runner: RunnerProcess, request: Mapping[str, Any]) -> dict[str, Any]:
-    answer = runner.ask(**request)
+def _first_token(name: str, answer: Mapping[str, Any]) -> str:
     if not answer["tokens"]:
         raise BenchmarkError(f"{name} ended its answer before the first token; ask something else.")
-    return answer
+    return f"{answer['ttft'] * 1e3:,.0f} ms"
 
 
 def summarize(name: str, runner: RunnerProcess, rounds: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -257,18 +258,6 @@ def _sentence(name: str, result: dict[str, Any]) -> str:
 def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two answers share from the beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-@contextmanager
-def _work_folder(given: Path | None) -> Iterator[Path]:
-    """Where the copies go: a folder that is kept, or one that is deleted at the end."""
-    if given is not None:
-        if not given.is_dir():
-            raise BenchmarkError(f"{given} is not a folder; make it first.")
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="mlx-fastvlm-") as folder:
-        yield Path(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

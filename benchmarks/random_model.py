@@ -115,12 +115,27 @@ def stored_weights(
 
 
 def word_processor(config: FastVLMConfig) -> Processor:
-    """A processor whose tokenizer gives every word an id below the vocabulary's size; no token ends an answer."""
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    """A processor whose tokenizer gives every word an id below the vocabulary's size; no token ends an answer.
+
+    Every id but the specials' is a word of its own, so that an answer read back as text is the tokens it was.
+    """
+    specials = [AddedToken(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    words = range(1, config.text_config.vocab_size - len(specials))
+    vocabulary = {"<unk>": 0, **{f" {_letters(number)}": number for number in words}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    tokenizer.add_special_tokens(specials)
     return Processor(tokenizer, ImageProcessor(config.vision_config.image_size), frozenset())
+
+
+def _letters(number: int) -> str:
+    """1, 2, ... as a, b, ..., z, aa, ab, ..."""
+    letters = ""
+    while number:
+        number, letter = divmod(number - 1, 26)
+        letters = chr(ord("a") + letter) + letters
+    return letters
 
 
 def _check_room(folder: str, nbytes: int) -> None:

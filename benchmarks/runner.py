@@ -1,4 +1,4 @@
-"""The child's side of peers and headline: loads one implementation, then answers requests, one JSON line each.
+"""The child's side of the benchmarks against peers: loads one implementation, then answers requests, one JSON line each.
 
 Arguments: the implementation's name, and its options as JSON (see `runner_process.RunnerProcess`).
 
@@ -18,12 +18,15 @@ from typing import Any
 
 from mlx_fastvlm.errors import FastVLMError
 
+from .captioning_runners import CAPTIONING_RUNNERS
 from .child import claim_stdout, send
 from .headline_runners import HEADLINE_RUNNERS
 from .machine import matmul_gflops, peak_rss, use_blas, use_device
 from .runners import RUNNERS, Implementation
+from .second_question_runners import SECOND_QUESTION_RUNNERS
 
 Answer = Callable[..., dict[str, Any]]  # the fields of a request → the reply
+_ANSWERERS = {**HEADLINE_RUNNERS, **SECOND_QUESTION_RUNNERS, **CAPTIONING_RUNNERS}  # name → options → Answer
 
 
 def main() -> None:
@@ -46,9 +49,9 @@ def main() -> None:
 
 
 def load(name: str, options: dict[str, Any]) -> Answer:
-    """What answers requests: a FastVLM that is asked about pictures, or one side of the headline comparison."""
-    if name in HEADLINE_RUNNERS:
-        return HEADLINE_RUNNERS[name](options)
+    """What answers requests: a FastVLM that is asked about a picture, or what another benchmark compares."""
+    if name in _ANSWERERS:
+        return _ANSWERERS[name](options)
     return partial(answer, RUNNERS[name](options))
 
 

@@ -6,6 +6,7 @@ file loads without them. What stops an answer is left out of it.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command import BenchmarkError
 from .machine import computes_on_cpu
+from .peer_folders import TOWER_SIZES
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +58,10 @@ def load_ours(options: Options) -> Implementation:
 def load_mlx_vlm(options: Options) -> Implementation:
     """mlx-vlm, on a hub folder in the type to compute in (see peer_folders)."""
     import mlx.core as mx
-    from mlx_vlm import load, stream_generate
+    from mlx_vlm import stream_generate
     from mlx_vlm.prompt_utils import apply_chat_template
 
-    model, processor = load(options["folder"])
+    model, processor = open_mlx_vlm(options["folder"])
 
     def tokens(image: str, prompt: str, max_tokens: int) -> Iterator[int]:
         framed = apply_chat_template(processor, model.config, prompt, num_images=1)
@@ -68,6 +70,19 @@ def load_mlx_vlm(options: Options) -> Implementation:
                 yield response.token
 
     return Implementation(tokens, mx.get_peak_memory)
+
+
+def open_mlx_vlm(folder: str) -> tuple[Any, Any]:
+    """mlx-vlm's model and processor, from a folder of peer_folders.
+
+    Its tower's sizes are constants; where the folder names others they are set, which is the only way to run the demo.
+    """
+    from mlx_vlm import load
+    from mlx_vlm.models.fastvlm.config import VisionConfig
+
+    for name, sizes in json.loads(Path(folder, "config.json").read_text()).get(TOWER_SIZES, {}).items():
+        setattr(VisionConfig, name, sizes)
+    return load(folder)
 
 
 def torch_device(choice: str) -> str:
