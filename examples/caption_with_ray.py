@@ -15,7 +15,7 @@ import json
 
 import ray
 
-from mlx_fastvlm.picture_files import find_pictures
+from mlx_fastvlm.captions.picture_files import find_pictures
 from mlx_fastvlm.ray_data import CaptionBatches
 
 

@@ -7,7 +7,7 @@ print(generate(model, processor, "Describe this image.", image="img.png"))
 
 from mlx_fastvlm.answer import GenerationResponse
 from mlx_fastvlm.batch_generate import BatchGenerator
-from mlx_fastvlm.captioning import Caption, caption_images
+from mlx_fastvlm.captions.captioning import Caption, caption_images
 from mlx_fastvlm.conversation import Conversation
 from mlx_fastvlm.errors import FastVLMError
 from mlx_fastvlm.generate import generate, generate_step, stream_generate

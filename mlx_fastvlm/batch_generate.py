@@ -3,7 +3,7 @@
 Answers of any mix of lengths, images and options are decoded together, one token each a step; a finished one makes room
 for the next prompt. Images that wait together are encoded together, prompts of equal length prefilled together.
 mlx-lm's BatchGenerator is not used: it takes token ids only, no image rows, and loading it takes 2 s and transformers.
-Knows no files and prints nothing: captioning.py reads pictures for it.
+Knows no files and prints nothing: captions/ reads pictures for it.
 """
 
 from __future__ import annotations

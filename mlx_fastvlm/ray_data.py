@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_fastvlm.captioning import DEFAULT_BATCH_SIZE, DEFAULT_PROMPT, caption_images
+from mlx_fastvlm.captions.captioning import DEFAULT_BATCH_SIZE, DEFAULT_PROMPT, caption_images
+from mlx_fastvlm.captions.picture_files import Picture
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.loading import DEFAULT_MODEL, load
 from mlx_fastvlm.options import GenerationOptions
-from mlx_fastvlm.picture_files import Picture
 
 if TYPE_CHECKING:
     from mlx_fastvlm.model import FastVLM

@@ -190,7 +190,7 @@ def test_choices_and_schemas(run, folder):
 
 
 def test_metadata_goes_into_the_pictures_and_counts_as_finished(run, folder, demo):
-    metadata = pytest.importorskip("mlx_fastvlm.picture_metadata")
+    metadata = pytest.importorskip("mlx_fastvlm.captions.metadata")
     pytest.importorskip("exiv2")
     draw("photos/4.gif", 4)
     metadata.write_caption(Path("photos/2.png"), "my own words")
@@ -229,7 +229,7 @@ def test_metadata_without_the_extra(run, folder, monkeypatch):
         (["photos", "--temp", "1", "--top-p", "7"], "top_p"),
         (["--files-from", "gone.list"], "The list gone.list cannot be read (No such file or directory)"),
         (["https://example.org/a.png", "--out", "txt"], "https://example.org/a.png has no folder for a text file"),
-        (["photos", "--prompt", "<image> <image>"], "2 <image> marks"),
+        (["photos", "--prompt", "<image> <image>"], "marks in the prompt, 2"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_anything_is_done(arguments, expected, run, folder):
@@ -253,7 +253,7 @@ def test_a_bar_only_where_somebody_looks_at_it(run, folder, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_tears_nothing(run, folder, monkeypatch):
-    from mlx_fastvlm import caption_output
+    from mlx_fastvlm.captions import output as caption_output
 
     write, written = caption_output._write_all, []
 

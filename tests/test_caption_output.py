@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_fastvlm import caption_output
-from mlx_fastvlm.caption_output import CaptionFile, Sidecars
-from mlx_fastvlm.caption_rows import COLUMNS, CaptionRow, Recipe, row_format
+from mlx_fastvlm.captions import output as caption_output
+from mlx_fastvlm.captions.output import CaptionFile, Sidecars
+from mlx_fastvlm.captions.picture_files import Picture
+from mlx_fastvlm.captions.rows import COLUMNS, CaptionRow, Recipe, row_format
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.picture_files import Picture
 
 RECIPE = Recipe("demo", 'Say "what", please,\nin one line.', {"max_tokens": 9, "stop": ["\n"]})
 PICTURES = [Picture("a.jpg"), Picture("b,ü.jpg"), Picture("d.pdf", 1), Picture("d.pdf", 2), Picture("\udcff\r.png")]
@@ -206,8 +206,8 @@ def test_two_runs_do_not_write_one_file(path):
     write(path, [rows()[0], error_row(PICTURES[1])])
     output = CaptionFile(path, RECIPE, PICTURES)  # replaces the file, to take the error out
     program = (
-        "import sys; from pathlib import Path; from mlx_fastvlm.caption_output import CaptionFile;"
-        "from mlx_fastvlm.caption_rows import Recipe; CaptionFile(Path(sys.argv[1]), Recipe('', ''), [])"
+        "import sys; from pathlib import Path; from mlx_fastvlm.captions.output import CaptionFile;"
+        "from mlx_fastvlm.captions.rows import Recipe; CaptionFile(Path(sys.argv[1]), Recipe('', ''), [])"
     )
     command = [sys.executable, "-c", program, path]
     result = subprocess.run(command, capture_output=True, text=True)

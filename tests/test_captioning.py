@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm import batch_generate, captioning, generate, load
-from mlx_fastvlm.captioning import Caption, caption_images
+from mlx_fastvlm import batch_generate, generate, load
+from mlx_fastvlm.captions import captioning
+from mlx_fastvlm.captions.captioning import Caption, caption_images
+from mlx_fastvlm.captions.read_ahead import ReadAhead
 from mlx_fastvlm.errors import ImageError, OptionError
-from mlx_fastvlm.read_ahead import ReadAhead
 from tests.conftest import GOLDEN
 from training import scenes
 from training.evaluate_embedded import TEST_SEEDS

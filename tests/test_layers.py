@@ -37,7 +37,7 @@ ONLY_IN = {
     "prometheus_client": {f"{SERVER}/metrics.py", "mlx_fastvlm/cli/serve.py"},
     "pillow_heif": {"mlx_fastvlm/image_processing.py"},
     "pypdfium2": {"mlx_fastvlm/pdf_pages.py"},
-    "exiv2": {"mlx_fastvlm/picture_metadata.py"},
+    "exiv2": {"mlx_fastvlm/captions/metadata.py"},
     "ray": set(),
     "llguidance": {
         f"mlx_fastvlm/constraint/{path.name}" for path in (ROOT / "mlx_fastvlm" / "constraint").glob("*.py")
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "mlx_fastvlm/layers.py": {"kernels", "quantization"},
     "mlx_fastvlm/cache.py": {"errors", "kernels"},
     "mlx_fastvlm/batch_cache.py": {"cache", "kernels"},
-    "mlx_fastvlm/read_ahead.py": set(),
+    "mlx_fastvlm/captions/read_ahead.py": set(),
     "mlx_fastvlm/blas.py": set(),
     "mlx_fastvlm/cache_folder.py": set(),
     "mlx_fastvlm/replace_file.py": set(),

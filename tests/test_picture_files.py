@@ -8,9 +8,9 @@ from itertools import islice
 import pytest
 from PIL import Image
 
-from mlx_fastvlm import picture_files
+from mlx_fastvlm.captions import picture_files
+from mlx_fastvlm.captions.picture_files import Picture, find_pictures, natural_key, read_list
 from mlx_fastvlm.errors import ImageError
-from mlx_fastvlm.picture_files import Picture, find_pictures, natural_key, read_list
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from mlx_fastvlm import picture_metadata
+from mlx_fastvlm.captions import metadata as picture_metadata
+from mlx_fastvlm.captions.metadata import NoPlaceForCaption, read_alt_text, write_caption
 from mlx_fastvlm.errors import ImageError, OptionError
-from mlx_fastvlm.picture_metadata import NoPlaceForCaption, read_alt_text, write_caption
 
 exiv2 = pytest.importorskip("exiv2")
 

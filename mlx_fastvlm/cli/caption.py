@@ -33,8 +33,8 @@ from mlx_fastvlm.loading import DEFAULT_MODEL
 from mlx_fastvlm.options import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
+    from mlx_fastvlm.captions.picture_files import Picture
     from mlx_fastvlm.cli.caption_run import CaptionRun, Output
-    from mlx_fastvlm.picture_files import Picture
 
 SIDECARS = "txt"  # what --out is given for a text file beside each picture
 
@@ -130,8 +130,8 @@ def caption(
     }
     loading = {"fit": fit and fit.value, "dtype": dtype and dtype.value, "revision": revision}
 
-    from mlx_fastvlm.caption_rows import Recipe
-    from mlx_fastvlm.captioning import caption_images
+    from mlx_fastvlm.captions.captioning import caption_images
+    from mlx_fastvlm.captions.rows import Recipe
     from mlx_fastvlm.cli.caption_run import CaptionRun, Embedder, tell
 
     recipe = Recipe(model, question, _settings(options, loading))
@@ -173,7 +173,7 @@ def _find(
     paths: list[str], files_from: str | None, recursive: bool, on_unreadable: Callable[[str], None]
 ) -> list[Picture]:
     """All pictures, in order. Raises OptionError if there are none, ImageError if a named path does not exist."""
-    from mlx_fastvlm.picture_files import find_pictures, read_list, require_paths
+    from mlx_fastvlm.captions.picture_files import find_pictures, read_list, require_paths
 
     if "-" in paths:
         raise OptionError(
@@ -198,7 +198,7 @@ def _find(
 
 
 def _open_output(out: str | None, run: CaptionRun, pictures: list[Picture], as_json: bool, overwrite: bool) -> Output:
-    from mlx_fastvlm.caption_output import CaptionFile, Sidecars
+    from mlx_fastvlm.captions.output import CaptionFile, Sidecars
     from mlx_fastvlm.cli.caption_run import Printed
 
     if out is None:

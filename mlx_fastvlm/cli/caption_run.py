@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mlx_fastvlm.caption_rows import CaptionRow, Recipe
-from mlx_fastvlm.captioning import Caption
+from mlx_fastvlm.captions.captioning import Caption
+from mlx_fastvlm.captions.metadata import NoPlaceForCaption, check_available, read_alt_text, write_caption
+from mlx_fastvlm.captions.picture_files import Picture
+from mlx_fastvlm.captions.rows import CaptionRow, Recipe
 from mlx_fastvlm.cli.terminal import counting, say
 from mlx_fastvlm.errors import ImageError
-from mlx_fastvlm.picture_files import Picture
-from mlx_fastvlm.picture_metadata import NoPlaceForCaption, check_available, read_alt_text, write_caption
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Output(Protocol):
-    """Where captions go, see `caption_output.CaptionFile`."""
+    """Where captions go, see `captions.output.CaptionFile`."""
 
     def is_finished(self, picture: Picture) -> bool: ...
     def add(self, row: CaptionRow) -> None: ...

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mlx_fastvlm.captions.picture_files import SUFFIXES
 from mlx_fastvlm.cli.chat_commands import COMMANDS, SETTINGS
-from mlx_fastvlm.picture_files import SUFFIXES
 
 _FILES = {"image": tuple(SUFFIXES), "load": (".json",), "save": (".json",)}  # command → suffixes of its files
 

@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from mlx_fastvlm.caption_rows import CaptionRow, Recipe, row_format
+from mlx_fastvlm.captions.picture_files import Picture
+from mlx_fastvlm.captions.rows import CaptionRow, Recipe, row_format
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.picture_files import Picture
 from mlx_fastvlm.replace_file import replace_file
 
 _Key = tuple[str, int | None]
