@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random checkpoints in the hub's layout, converted once for the whole run."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,12 @@ def tiny(converted_folder):
 def golden_pixels():
     """(2, 256, 256, 3) float32 in [0, 1]: the golden files' pictures."""
     return np.load(GOLDEN / "pixels.npz")["pixels"].astype(np.float32) / np.float32(255)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_interrupts():
+    """As in a terminal, also where the tests run in the background of a shell, which has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
