@@ -15,6 +15,7 @@ import typer
 from mlx_fastvlm.cli.describe import PRESET_PROMPTS, Preset
 from mlx_fastvlm.cli.options import (
     Choices,
+    ComputeDType,
     FitOption,
     JsonSchema,
     MaxTokens,
@@ -27,7 +28,7 @@ from mlx_fastvlm.cli.options import (
     TopP,
     answer_form,
 )
-from mlx_fastvlm.cli.terminal import DType, Model, Revision, load_model
+from mlx_fastvlm.cli.terminal import Model, Revision, load_model
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.loading import DEFAULT_MODEL
 from mlx_fastvlm.options import DEFAULT_MAX_TOKENS
@@ -97,9 +98,7 @@ def caption(
     stop: Stop = None,
     json_schema: JsonSchema = None,
     choices: Choices = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
-    ] = None,
+    dtype: ComputeDType = None,
     revision: Revision = None,
 ) -> None:
     """Caption many pictures. A run that was stopped, in whatever way, goes on when the same command is given again.

@@ -14,6 +14,7 @@ import typer
 from mlx_fastvlm.cache_folder import cache_home
 from mlx_fastvlm.cli.options import (
     Choices,
+    ComputeDType,
     FitOption,
     JsonSchema,
     KvBits,
@@ -28,7 +29,7 @@ from mlx_fastvlm.cli.options import (
     answer_form,
 )
 from mlx_fastvlm.cli.statistics import statistics
-from mlx_fastvlm.cli.terminal import DType, Model, Revision, load_model, say
+from mlx_fastvlm.cli.terminal import Model, Revision, load_model, say
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.image_processing import open_image
 from mlx_fastvlm.image_source import read_image_bytes
@@ -80,9 +81,7 @@ def describe(
     stop: Stop = None,
     json_schema: JsonSchema = None,
     choices: Choices = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Type to compute in.", show_default="stored type; float32 on a CPU")
-    ] = None,
+    dtype: ComputeDType = None,
     kv_bits: KvBits = None,
     revision: Revision = None,
     image_cache: Annotated[
