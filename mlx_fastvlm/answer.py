@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_fastvlm.logprobs import TokenLogprobs
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 
@@ -30,6 +31,7 @@ class GenerationResponse:
             prefill, first_token; with `reuse`, recognize (images) too. In a batch there is wait, for a place and for the
             others' prefill, and encode is the whole group's, projection included. A stage that was not needed is not
             there. They add up to ttft.
+        logprobs: of the token, where the options ask for them.
     """
 
     text: str
@@ -43,6 +45,7 @@ class GenerationResponse:
     finish_reason: str | None = None
     timings: dict[str, float] = field(default_factory=dict)
     cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 class StageClock:
@@ -92,7 +95,7 @@ class Answer:
         self._count = 0
         self._ttft = 0.0
 
-    def add(self, token: int) -> GenerationResponse:
+    def add(self, token: int, logprobs: TokenLogprobs | None = None) -> GenerationResponse:
         """The response for the next token; its `finish_reason` says whether it is the last one to add."""
         self._count += 1
         if self._count == 1:
@@ -116,4 +119,5 @@ class Answer:
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
             timings=dict(self._clock.seconds),
+            logprobs=logprobs,
         )

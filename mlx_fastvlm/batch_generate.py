@@ -11,14 +11,17 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_fastvlm.answer import Answer, GenerationResponse, StageClock
 from mlx_fastvlm.batch_cache import BatchCache
+from mlx_fastvlm.blas import one_thread
 from mlx_fastvlm.cache import Cache, KVCache
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.generate import (
@@ -29,16 +32,18 @@ from mlx_fastvlm.generate import (
     count_positions,
     prefill,
 )
-from mlx_fastvlm.image_processing import ImageSource, open_image
+from mlx_fastvlm.image_processing import ImageProcessor, ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.prompt import Message
+from mlx_fastvlm.resolution import Size, count_rows
 from mlx_fastvlm.token_draw import TokenDraw, make_draw
 
 ENCODE_PIXELS = 2**20  # encoded at once: one image of 1024x1024, which gains nothing from company, or 16 of 256x256
 PREFILL_POSITIONS = 4096  # prefilled at once, so that memory does not grow with the batch
 
+_SMALL_PRODUCT = 2**24  # multiplications: one core of a CPU takes less time for them than its threads to find together
 _FREED_BYTES = 2**30  # more than one encode and prefill leave behind, so that steady work finds its buffers again
 
 Event = tuple[int, GenerationResponse | Exception]  # of the request with this ticket
@@ -47,7 +52,7 @@ Event = tuple[int, GenerationResponse | Exception]  # of the request with this t
 class BatchGenerator:
     """Decodes up to `max_rows` answers together. Use it from one thread.
 
-    A request is added, gets a ticket, and waits for a place; every `step` takes all answers one token further. What it
+    A request is added, gets a ticket, and waits for a place; `step` after `step` takes all answers further. What it
     gets equals `stream_generate` with the same options, but for rounding: sums of a batch are made in another order.
 
     Args:
@@ -68,6 +73,8 @@ class BatchGenerator:
         self._waiting: deque[_Request] = deque()
         self._rows: list[_Row] = []  # as in the cache; those that are done leave it with the next step
         self._cache = BatchCache(len(model.language_model.layers))
+        self._largest_weight = max(weight.size for _, weight in tree_flatten(model.language_model.parameters()))
+        self._has_begun = False  # with the last step answers did
 
     @property
     def waiting(self) -> int:
@@ -104,9 +111,9 @@ class BatchGenerator:
             warnings.warn(SEVERAL_IMAGES, FastVLMWarning, stacklevel=2)
         input_ids = self._processor.tokenize(prompt, len(images), options.system)
         clock.lap("tokenize")
-        return self.add_tokens(
-            input_ids, [self._pixels(image, clock) for image in images], options=options, clock=clock
-        )
+        image_processor = self._processor.images_at(options.resolution, options.fit)
+        pixels = [_pixels(image_processor, image, clock) for image in images]
+        return self.add_tokens(input_ids, pixels, options=options, clock=clock)
 
     def add_tokens(
         self,
@@ -120,30 +127,33 @@ class BatchGenerator:
 
         Args:
             input_ids: -200 at each image.
-            pixels: an (R, R, 3) float32 array for each, from `ImageProcessor.to_array`.
-            options: of this answer.
+            pixels: an (H, W, 3) float32 array for each, from `ImageProcessor.to_array`.
+            options: of this answer; resolution and fit are what the pixels say.
             clock: has run since the request came; None starts it now.
 
         Raises:
             OptionError: prompt and answer do not fit into the context, or the options cannot be followed.
         """
-        prompt_tokens = count_positions(self._model, self._processor, input_ids, len(pixels))
+        prompt_tokens = count_positions(input_ids, [count_rows(image.shape[:2]) for image in pixels])
         check_context(self._model, prompt_tokens, options.max_tokens)
-        return self._enqueue(options, clock, input_ids=input_ids, pixels=pixels)
+        return self._enqueue(options, clock, None, input_ids=input_ids, pixels=pixels)
 
-    def add_prefilled(self, prompt: Prefilled, *, options: GenerationOptions, clock: StageClock) -> int:
+    def add_prefilled(
+        self, prompt: Prefilled, *, options: GenerationOptions, clock: StageClock, draw: TokenDraw | None = None
+    ) -> int:
         """`add` for a prompt that the decoder has seen, for example with what `Reuse` knew of it.
 
         Args:
             prompt: its caches hold one sequence, not quantized; they are read when the answer begins, never written.
             options: of this answer.
             clock: has run since the request came, with the time of the prefill booked as "prefill".
+            draw: made from the options already, as compiling a form takes a while; None makes it here.
 
         Raises:
             OptionError: the answer does not fit into the context, or the options cannot be followed.
         """
         check_context(self._model, prompt.prompt_tokens, options.max_tokens)
-        return self._enqueue(options, clock, prefilled=prompt)
+        return self._enqueue(options, clock, draw, prefilled=prompt)
 
     def remove(self, ticket: int) -> None:
         """Cancel a request wherever it stands; one that is finished or unknown is none."""
@@ -169,52 +179,47 @@ class BatchGenerator:
         return self._cache.row(index)
 
     def step(self, hurry: bool = False) -> list[Event]:
-        """Let waiting requests begin where there is room, and take every answer one token further.
+        """Let waiting requests begin where there is room, or else take every answer one token further.
 
-        Without requests it frees the memory of the last ones.
+        A first token is handed out before others are decoded; between two beginnings the answers go on. Without
+        requests the memory of the last ones is freed.
 
         Args:
             hurry: begin with fewer than `min_group` too, as no others are to be expected.
 
         Returns:
-            (ticket, response) for each token, in order; `finish_reason` marks an answer's last. An answer that begins
-            may get two. (ticket, exception) where an answer cannot go on, which ends this one only.
+            (ticket, response) for each token, at most one an answer; `finish_reason` marks an answer's last.
+            (ticket, exception) where an answer cannot go on, which ends this one only.
         """
         beginnings = self._begin(self._admitted(1 if hurry else self._min_group))
+        self._has_begun = bool(beginnings)
         stay = [index for index, row in enumerate(self._rows) if not row.done]
         if beginnings or len(stay) < len(self._rows):
             self._cache.regroup(stay, [beginning.cache for beginning in beginnings])
         newcomers = [row for beginning in beginnings for row in beginning.rows]
         self._rows = [self._rows[index] for index in stay] + newcomers
-        events = []
         if newcomers:
             _limit_freed_memory()
-            logits = mx.concatenate([beginning.logits for beginning in beginnings])
-            events += _draw_tokens(newcomers, logits)
-        if self.decoding:
-            events += _draw_tokens(self._rows, self._decode())
-        return events
+            return _draw_tokens(newcomers, mx.concatenate([beginning.logits for beginning in beginnings]))
+        if not self.decoding:
+            return []
+        is_small = len(self._rows) * self._largest_weight < _SMALL_PRODUCT
+        with one_thread() if is_small else nullcontext():
+            return _draw_tokens(self._rows, self._decode())
 
-    def _enqueue(self, options: GenerationOptions, clock: StageClock | None, **prompt) -> int:
+    def _enqueue(self, options: GenerationOptions, clock: StageClock | None, draw: TokenDraw | None, **prompt) -> int:
         if options.kv_bits is not None:
             raise OptionError("kv_bits cannot be had in a batch: leave it out, or answer one by one.")
         ticket = next(self._tickets)
-        draw = make_draw(self._processor, options)
+        draw = draw or make_draw(self._processor, options)
         self._waiting.append(_Request(ticket, options, draw, clock or StageClock(), **prompt))
         return ticket
 
-    def _pixels(self, image: ImageSource, clock: StageClock) -> np.ndarray:
-        picture = open_image(image, background=self._processor.image_processor.background)
-        clock.lap("decode")
-        pixels = self._processor.image_processor.to_array(picture)
-        clock.lap("resize")
-        return pixels
-
     def _admitted(self, min_group: int) -> list[_Request]:
-        """Requests whose turn it is, in the order in which they came; while others are decoded, so many or none."""
+        """Requests that begin now, in the order in which they came; while others are decoded, at least so many."""
         decoding = self.decoding
         count = min(self._max_rows - decoding, len(self._waiting))
-        if decoding and count < min_group:
+        if decoding and (count < min_group or self._has_begun):
             return []
         return [self._waiting.popleft() for _ in range(count)]
 
@@ -223,7 +228,8 @@ class BatchGenerator:
         for request in requests:
             request.clock.lap("wait")
         fresh = [request for request in requests if request.prefilled is None]
-        features = iter(self._encode([pixels for request in fresh for pixels in request.pixels]))
+        pixels = [image for request in fresh for image in request.pixels]
+        features = iter(encode_together(pixels, self._model.encode_images))
         by_length: dict[int, list[tuple[_Request, mx.array]]] = {}
         for request in fresh:
             embeds = self._model.embed(request.input_ids, list(itertools.islice(features, len(request.pixels))))
@@ -236,13 +242,6 @@ class BatchGenerator:
             for group in _chunks(all_of_length, PREFILL_POSITIONS // length)
         ]
         return beginnings + [self._continued(request) for request in requests if request.prefilled is not None]
-
-    def _encode(self, pixels: Sequence[np.ndarray]) -> Iterator[mx.array]:
-        """Each image's rows, (N, hidden)."""
-        for chunk in _chunks(pixels, images_at_once(self._processor)):
-            features = self._model.encode_images(mx.array(np.stack(chunk)))
-            mx.eval(features)
-            yield from features
 
     def _prefilled(self, group: Sequence[tuple[_Request, mx.array]]) -> _Beginning:
         """Run prompts of equal length through the decoder."""
@@ -279,9 +278,29 @@ class BatchGenerator:
         return decoder.logits(hidden[:, -1])
 
 
-def images_at_once(processor: Processor) -> int:
-    """How many images are encoded together; more would gain nothing and take memory."""
-    return max(1, ENCODE_PIXELS // processor.image_processor.image_size**2)
+def encode_together(pixels: Sequence[np.ndarray], encode: Callable[[mx.array], mx.array]) -> list[mx.array]:
+    """What an encoder makes of each of some images; those of one size are encoded together, see `images_at_once`.
+
+    Args:
+        pixels: (H, W, 3) each, from `ImageProcessor.to_array`.
+        encode: from (B, H, W, 3) to (B, …).
+    """
+    by_size: dict[Size, list[int]] = {}
+    for index, image in enumerate(pixels):
+        by_size.setdefault(image.shape[:2], []).append(index)
+    features: dict[int, mx.array] = {}
+    for size, indices in by_size.items():
+        for chunk in _chunks(indices, images_at_once(size)):
+            encoded = encode(mx.array(np.stack([pixels[index] for index in chunk])))
+            mx.eval(encoded)
+            features |= zip(chunk, encoded, strict=True)
+    return [features[index] for index in range(len(pixels))]
+
+
+def images_at_once(size: Size) -> int:
+    """How many images of this size are encoded together; more would gain nothing and take memory."""
+    height, width = size
+    return max(1, ENCODE_PIXELS // (height * width))
 
 
 @dataclass
@@ -317,6 +336,14 @@ class _Beginning:
     cache: list[Cache]
 
 
+def _pixels(image_processor: ImageProcessor, image: ImageSource, clock: StageClock) -> np.ndarray:
+    picture = open_image(image, background=image_processor.background)
+    clock.lap("decode")
+    pixels = image_processor.to_array(picture)
+    clock.lap("resize")
+    return pixels
+
+
 def _draw_tokens(rows: Sequence[_Row], logits: mx.array) -> list[Event]:
     """One token for every row that is not done, from its logits (rows, vocab)."""
     drawn: dict[int, mx.array | Exception] = {}  # of rows that do more than take the likeliest
@@ -337,7 +364,7 @@ def _draw_tokens(rows: Sequence[_Row], logits: mx.array) -> list[Event]:
             events.append((row.ticket, token))
             continue
         row.token = token if isinstance(token, int) else token.item()
-        response = row.answer.add(row.token)
+        response = row.answer.add(row.token, row.draw.next_logprobs())
         row.done = response.finish_reason is not None
         events.append((row.ticket, response))
     return events

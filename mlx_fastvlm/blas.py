@@ -16,6 +16,8 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 OFF_SWITCH = "MLX_FASTVLM_BLAS"
@@ -98,15 +100,42 @@ def in_use() -> bool:
 
 
 @contextlib.contextmanager
-def one_thread():
-    """While open, a call into OpenBLAS uses its caller's thread only, for callers that bring their own threads."""
+def one_thread() -> Iterator[None]:
+    """While open, a call into OpenBLAS uses its caller's thread only; nothing happens where there is no OpenBLAS.
+
+    For callers that bring their own threads, and for small products: OpenBLAS's threads wait for each other by spinning,
+    once a product, which costs more than they gain; on a busy machine each may spin for a whole time slice.
+
+    Threads may open it at once and within itself: the setting is the process's, until the last one leaves.
+    """
     lib = openblas()
-    before = lib.scipy_openblas_get_num_threads()
-    lib.scipy_openblas_set_num_threads(1)
+    if lib is None:
+        yield
+        return
+    with _one_thread.lock:
+        if _one_thread.users == 0:
+            _one_thread.threads_before = lib.scipy_openblas_get_num_threads()
+            lib.scipy_openblas_set_num_threads(1)
+        _one_thread.users += 1
     try:
         yield
     finally:
-        lib.scipy_openblas_set_num_threads(before)
+        with _one_thread.lock:
+            _one_thread.users -= 1
+            if _one_thread.users == 0:
+                lib.scipy_openblas_set_num_threads(_one_thread.threads_before)
+
+
+class _OneThread:
+    """Who keeps OpenBLAS at one thread, and how many it had."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.threads_before = 0
+
+
+_one_thread = _OneThread()
 
 
 @functools.cache

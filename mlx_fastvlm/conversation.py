@@ -16,6 +16,7 @@ from mlx_fastvlm.conversation_file import Saved, Turn, load_conversation, save_c
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.generate import as_list, count_positions, stream_generate
 from mlx_fastvlm.image_content import ImageContent, recognize
+from mlx_fastvlm.image_features import image_rows
 from mlx_fastvlm.image_processing import ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
@@ -105,7 +106,11 @@ class Conversation:
     @property
     def context_tokens(self) -> int:
         """Positions that all turns and the images shown take, before the words of another question."""
-        return self._positions([*self.turns, Turn("", images=tuple(self._shown))], self._chosen({}))
+        return self.count_tokens()
+
+    def count_tokens(self, **options: Any) -> int:
+        """`context_tokens` with options of the next question: its resolution is that of all images."""
+        return self._positions([*self.turns, Turn("", images=tuple(self._shown))], self._chosen(options))
 
     def prepare(self, **options: Any) -> StageClock:
         """Run what is known already through encoder and decoder, so that the next question starts at once.
@@ -254,8 +259,10 @@ class Conversation:
         return self.processor.tokenize(_messages(turns), num_images, options.system)
 
     def _positions(self, turns: Sequence[Turn], options: GenerationOptions) -> int:
-        num_images = sum(len(turn.images) for turn in turns)
-        return count_positions(self.model, self.processor, self._tokenized(turns, options), num_images)
+        image_processor = self.processor.images_at(options.resolution, options.fit)
+        images = [image for turn in turns for image in turn.images]
+        rows = [image_rows(image, self.reuse.chosen_for(image, image_processor)) for image in images]
+        return count_positions(self._tokenized(turns, options), rows)
 
 
 def _messages(turns: Sequence[Turn]) -> list[Message]:

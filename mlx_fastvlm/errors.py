@@ -20,6 +20,10 @@ class ImageError(FastVLMError):
     """An image cannot be fetched, read or decoded."""
 
 
+class VideoError(FastVLMError):
+    """A video, a camera or a screen cannot be opened or read."""
+
+
 class HubError(FastVLMError):
     """A model is neither in the cache nor reachable on the hub."""
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import FastVLMWarning
 from mlx_fastvlm.image_content import ImageContent
-from mlx_fastvlm.image_features import image_features
+from mlx_fastvlm.image_features import image_features, read_pixels
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.model import FastVLM
-from mlx_fastvlm.processor import Processor
 
 _NAME_BYTES = 8
 _PREPARATION = 1  # raise it when the same file comes to give other rows: those in folders are made again
@@ -28,7 +29,7 @@ class FeatureCache:
     """Encodes images, and remembers what came of it; the least recently used goes first.
 
     Args:
-        model, processor: encode. The processor's settings are part of what a picture is known by.
+        model: encodes.
         max_bytes: of rows in memory.
         folder: where rows are kept for other processes too, below a folder for this model's weights; None for nowhere.
         max_folder_bytes: of the files of this model there.
@@ -37,42 +38,66 @@ class FeatureCache:
     def __init__(
         self,
         model: FastVLM,
-        processor: Processor,
         max_bytes: int,
         folder: str | os.PathLike[str] | None = None,
         max_folder_bytes: int = 2**30,
     ):
         self._model = model
-        self._processor = processor
         self._max_bytes = max_bytes
         self._rows: OrderedDict[str, mx.array] = OrderedDict()
+        self._bytes = 0  # of them
         self._files = None if folder is None else _RowFiles(Path(os.path.expanduser(folder)), model, max_folder_bytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of rows in memory."""
-        return sum(rows.nbytes for rows in self._rows.values())
+        return self._bytes
 
-    def name(self, image: ImageContent) -> str:
-        """What the rows of an image depend on: its content and how it is prepared."""
-        settings = hashlib.blake2b(repr(self._processor.image_processor).encode(), digest_size=_NAME_BYTES)
-        return f"{image.digest}-{settings.hexdigest()}"
-
-    def rows(self, image: ImageContent, clock: StageClock) -> mx.array:
+    def rows(self, image: ImageContent, image_processor: ImageProcessor, clock: StageClock) -> mx.array:
         """An image's rows, (N, hidden); the stages that are needed are booked on `clock`. Raises ImageError."""
-        name = self.name(image)
-        rows = self._rows.pop(name, None)
+        name = rows_name(image, image_processor)
+        rows = self._rows.get(name)
         if rows is None and self._files is not None:
             rows = self._files.read(name)
             clock.lap("recognize")
         if rows is None:
-            rows = image_features(self._model, self._processor, image.open(), clock)
+            rows = image_features(self._model, image_processor, image.open(), clock)
             if self._files is not None:
                 self._files.write(name, rows)
-        self._rows[name] = rows
-        while self.nbytes > self._max_bytes and len(self._rows) > 1:
-            self._rows.popitem(last=False)
+        self._keep(name, rows)
         return rows
+
+    def has(self, image: ImageContent, image_processor: ImageProcessor) -> bool:
+        """Whether an image's rows are in memory."""
+        return rows_name(image, image_processor) in self._rows
+
+    def encode_together(self, images: Sequence[tuple[ImageContent, ImageProcessor]]) -> None:
+        """Encode images that come to one size for the model, and hold their rows in memory. Raises ImageError.
+
+        Args:
+            images: each with how it is prepared; together they take less time than one by one.
+        """
+        pixels = mx.concatenate([read_pixels(processor, image.open(), StageClock()) for image, processor in images])
+        encoded = self._model.encode_images(pixels)
+        mx.eval(encoded)
+        for (image, processor), rows in zip(images, encoded, strict=True):
+            self._keep(rows_name(image, processor), mx.contiguous(rows))
+
+    def _keep(self, name: str, rows: mx.array) -> None:
+        """Hold rows as those used last, and as many of the others as there is room for."""
+        if name not in self._rows:
+            self._rows[name] = rows
+            self._bytes += rows.nbytes
+        self._rows.move_to_end(name)
+        while self._bytes > self._max_bytes and len(self._rows) > 1:
+            _, oldest = self._rows.popitem(last=False)
+            self._bytes -= oldest.nbytes
+
+
+def rows_name(image: ImageContent, image_processor: ImageProcessor) -> str:
+    """What the rows of an image depend on: its content and how it is prepared."""
+    settings = hashlib.blake2b(repr(image_processor).encode(), digest_size=_NAME_BYTES)
+    return f"{image.digest}-{settings.hexdigest()}"
 
 
 class _RowFiles:

@@ -16,14 +16,15 @@ import mlx.core as mx
 from mlx_fastvlm.answer import Answer, GenerationResponse, StageClock
 from mlx_fastvlm.cache import Cache
 from mlx_fastvlm.errors import ContextError, FastVLMWarning
-from mlx_fastvlm.image_features import image_features, image_rows
+from mlx_fastvlm.image_features import encode_pixels, read_pixels
 from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.prompt import Message
+from mlx_fastvlm.resolution import count_rows
 from mlx_fastvlm.sampling import Sampler
-from mlx_fastvlm.token_draw import make_draw
+from mlx_fastvlm.token_draw import TokenDraw, make_draw
 
 if TYPE_CHECKING:
     from mlx_fastvlm.reuse import Reuse
@@ -115,17 +116,20 @@ def prefill_prompt(
     Args:
         input_ids: with -200 at each image.
         images: in the order of those.
-        options: for the context's limit and the kind of cache.
+        options: for the size of images, the context's limit and the kind of cache.
         clock: stages are booked on it.
 
     Raises:
         ContextError: prompt and answer do not fit into the context.
         ImageError: an image cannot be read.
+        OptionError: the size of images cannot be had.
     """
-    prompt_tokens = count_positions(model, processor, input_ids, len(images))
+    image_processor = processor.images_at(options.resolution, options.fit)
+    pixel_values = [read_pixels(image_processor, image, clock) for image in images]
+    prompt_tokens = count_positions(input_ids, [count_rows(pixels.shape[1:3]) for pixels in pixel_values])
     check_context(model, prompt_tokens, options.max_tokens)
     cache = model.make_cache(options.kv_bits)
-    features = [image_features(model, processor, image, clock) for image in images]
+    features = [encode_pixels(model, pixels, clock) for pixels in pixel_values]
     logits = prefill(model, model.embed(input_ids, features), cache)
     mx.eval(logits)
     clock.lap("prefill")
@@ -149,7 +153,7 @@ def stream_generate(
         image: a path, URL, "-" (standard input), bytes, PIL image or (H, W, 3) uint8 array; or a list of them.
         reuse: what earlier answers of this model computed and this one need not, and keeps what this one computes.
         options: see `options.GenerationOptions`: max_tokens, temp, top_p, top_k, repetition_penalty, seed, stop, system,
-            kv_bits, json_schema, choices.
+            kv_bits, json_schema, choices, logprobs, resolution, fit.
 
     Yields:
         One response per token; the texts join to what `generate` returns.
@@ -198,9 +202,9 @@ def as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSour
     return list(image) if isinstance(image, list | tuple) else [image]
 
 
-def count_positions(model: FastVLM, processor: Processor, input_ids: Sequence[int], num_images: int) -> int:
+def count_positions(input_ids: Sequence[int], rows: Sequence[int]) -> int:
     """Positions that the decoder sees: text tokens, and the rows of each image in place of its -200."""
-    return len(input_ids) + num_images * (image_rows(model, processor) - 1)
+    return len(input_ids) + sum(rows) - len(rows)
 
 
 def check_context(model: FastVLM, prompt_tokens: int, max_tokens: int) -> None:
@@ -218,7 +222,7 @@ def _answer(
     processor: Processor,
     prefilled: Prefilled,
     options: GenerationOptions,
-    draw: Sampler,
+    draw: TokenDraw,
     clock: StageClock,
 ) -> Iterator[GenerationResponse]:
     """The responses of one answer."""
@@ -238,7 +242,7 @@ def _answer(
         works_ahead=not options.is_constrained,
     )
     for token in tokens:
-        response = answer.add(token)
+        response = answer.add(token, draw.next_logprobs())
         yield response
         if response.finish_reason:
             return

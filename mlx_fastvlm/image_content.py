@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from mlx_fastvlm.image_processing import Background, ImageSource, open_image
+from mlx_fastvlm.image_processing import Background, ImageSource, image_size, open_image
 from mlx_fastvlm.image_source import named_page, read_image_bytes, source_name
 
 _DIGEST_LENGTH = 32  # hexadecimal digits of a SHA-256, which processors have built in
@@ -32,6 +33,11 @@ class ImageContent:
     def is_file(self) -> bool:
         """Whether it is known by a file's bytes rather than by pixels."""
         return isinstance(self.source, bytes)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, upright. Raises ImageError where a file's beginning is damaged."""
+        return image_size(self.open())
 
     def open(self) -> ImageSource:
         """What `open_image` takes, and calls by its name if it is damaged."""

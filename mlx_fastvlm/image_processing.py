@@ -1,8 +1,9 @@
-"""From an image in any form to pixel_values: decode to RGB, fit into a square, resize, scale.
+"""From an image in any form to pixel_values: decode to RGB, fit into a square or rectangle, resize, scale.
 
 Two calls, so that each can be timed: `open_image` decodes, `ImageProcessor.preprocess` does the rest.
-The pixels equal those of LLaVA's expand2square followed by transformers' CLIPImageProcessor, bit for bit.
-The only module that imports PIL. HEIC images and PDF pages need the extra `formats`, loaded when one is met.
+The pixels of squares equal those of LLaVA's expand2square followed by transformers' CLIPImageProcessor, bit for bit.
+Pillow is used here and, to measure detail, in auto_resolution only. HEIC images and PDF pages need the extra `formats`,
+loaded when one is met.
 """
 
 from __future__ import annotations
@@ -13,26 +14,31 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from mlx_fastvlm.auto_resolution import AutoResolution
 from mlx_fastvlm.errors import ConfigError, ImageError, OptionError
 from mlx_fastvlm.image_source import FileSource, named_page, read_image_bytes, source_name
 from mlx_fastvlm.pdf_pages import is_pdf, render_page
+from mlx_fastvlm.resolution import STEP, Fit, Size, check_fit, check_resolution, native_size, resolutions
 
 ImageSource = FileSource | Image.Image | np.ndarray
 Background = Literal["white", "black"]
-Fit = Literal["pad", "crop"]
 
 MAX_IMAGE_PIXELS = 200_000_000  # what the largest phone cameras make; 0.8 GB once decoded
 MAX_IMAGE_SIDE = 32_768  # padding makes a square of it, and the resize then takes up to 15 s
 
 _STRIP_PIXELS = 2**22  # a padded strip of 16 MB stays near the caches
 _warnings_lock = threading.Lock()
+
+_ON_A_SIDE = (5, 6, 7, 8)  # of EXIF's orientations: width and height change places
+# Where a PNG says which side is up; all may stand behind its pixels.
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 # First bytes of files that people mistake for images: offset, bytes, what it is, what to do.
 _NOT_IMAGES = (
@@ -104,16 +110,43 @@ def open_image(source: ImageSource, *, background: Background = "white") -> Imag
     return _to_rgb(_upright(image), background)
 
 
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of the image that `open_image` returns. Its pixels are not decoded, unless its file calls for it.
+
+    Raises:
+        ImageError: as `open_image`, for what a file's beginning tells.
+    """
+    name = source_name(source)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, np.ndarray):
+        image = _from_array(source)
+    else:
+        data = read_image_bytes(source)
+        image = _read_header(data, name, named_page(source))
+        _check_size(image, name)
+        # Pillow would decode a PNG to look behind its pixels.
+        if image.format == "PNG" and not any(mark in data for mark in _PNG_ORIENTATIONS):
+            return image.size
+        # It gives TIFF the upright size at once, and the orientation until the pixels are turned.
+        if image.format == "TIFF":
+            return image.size
+    width, height = image.size
+    return (height, width) if _orientation(image) in _ON_A_SIDE else (width, height)
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """Turns images into the pixel_values of one vision tower.
 
     Attributes:
-        image_size: side R of the square result, in pixels.
+        image_size: side R of the square result, in pixels; about the longer side of a rectangular one.
         fit: "pad" centers the image on a square as LLaVA does, which is what FastVLM was trained with; "crop" keeps
-            only the central square, as the model card's snippet does.
+            only the central square, as the model card's snippet does; "native" resizes the whole image to the rectangle
+            of `resolution.native_size`, whose shape is nearly its own.
         background: what shows through transparent pixels.
         image_mean, image_std: per RGB channel, in units of [0, 1]. FastVLM has 0 and 1. Padding has the mean's color.
+        auto: chooses each image's resolution by its content; `image_size` is the largest that it chooses then.
     """
 
     image_size: int
@@ -121,11 +154,14 @@ class ImageProcessor:
     background: Background = "white"
     image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    auto: AutoResolution | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise OptionError(f"The image size is {self.image_size}; it must be a positive number of pixels.")
-        _check_choice("fit", self.fit, ("pad", "crop"))
+        check_fit(self.fit)
+        if self.fit == "native" and self.image_size % STEP:
+            raise OptionError(f"The image size is {self.image_size}; it must be a multiple of {STEP} for fit native.")
         _check_choice("background", self.background, ("white", "black"))
 
     @classmethod
@@ -179,6 +215,38 @@ class ImageProcessor:
             "image_std": list(self.image_std),
         }
 
+    def at(self, resolution: int | None = None, fit: Fit | None = None) -> ImageProcessor:
+        """The same for another resolution or fit; None leaves the present one.
+
+        Raises:
+            OptionError: the resolution is not one of `resolutions`, or the fit is unknown.
+        """
+        if resolution is not None:
+            check_resolution(resolution, self.resolutions)
+        return replace(self, image_size=resolution or self.image_size, fit=fit or self.fit)
+
+    @property
+    def resolutions(self) -> range:
+        """What `at` takes, for a processor that is as the model was trained."""
+        return resolutions(self.image_size)
+
+    @property
+    def fixed_size(self) -> Size | None:
+        """Height and width of what the tower sees, where those are the same for every image; else None."""
+        return None if self.fit == "native" or self.auto is not None else (self.image_size, self.image_size)
+
+    def chosen_for(self, picture: Image.Image) -> ImageProcessor:
+        """The same with the resolution that `auto` chooses for this RGB picture; without `auto`, the same."""
+        return self if self.auto is None else replace(self, image_size=self.auto.choose(picture), auto=None)
+
+    def size_of(self, width: int, height: int) -> Size:
+        """Height and width of what the tower sees of an image of this size. An image of just that size is not changed.
+
+        Where `auto` chooses, ask what `chosen_for` gives.
+        """
+        assert self.auto is None, "an image's size depends on its content: ask chosen_for first"
+        return self.fixed_size or native_size(width, height, self.image_size)
+
     def to_array(self, image: ImageSource) -> np.ndarray:
         """Fit, resize and scale one image.
 
@@ -186,20 +254,22 @@ class ImageProcessor:
             image: anything `open_image` takes; an RGB image that it returned is not decoded again.
 
         Returns:
-            (R, R, 3) float32, HWC. In [0, 1] with FastVLM's mean and std.
+            (H, W, 3) float32, HWC, H and W as `size_of` says. In [0, 1] with FastVLM's mean and std.
 
         Raises:
             ImageError: see `open_image`; or the image is too narrow to be cropped.
         """
         rgb = open_image(image, background=self.background)
-        square = self._pad(rgb) if self.fit == "pad" else self._crop(rgb)
-        pixels = np.divide(square, 255, dtype=np.float32)
+        if self.auto is not None:
+            return self.chosen_for(rgb).to_array(rgb)
+        fitted = {"pad": self._pad, "crop": self._crop, "native": self._keep_shape}[self.fit](rgb)
+        pixels = np.divide(fitted, 255, dtype=np.float32)
         if any(self.image_mean) or any(std != 1 for std in self.image_std):
             pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return pixels
 
     def preprocess(self, image: ImageSource) -> mx.array:
-        """`to_array` as a batch of one: (1, R, R, 3) float32, NHWC. Same arguments and errors."""
+        """`to_array` as a batch of one: (1, H, W, 3) float32, NHWC. Same arguments and errors."""
         return mx.array(self.to_array(image)[None])
 
     def _pad(self, image: Image.Image) -> Image.Image:
@@ -235,6 +305,11 @@ class ImageProcessor:
         resized = _resize(image, (resized_long, self.image_size) if wide else (self.image_size, resized_long))
         left, top = (resized.width - self.image_size) // 2, (resized.height - self.image_size) // 2
         return resized.crop((left, top, left + self.image_size, top + self.image_size))
+
+    def _keep_shape(self, image: Image.Image) -> Image.Image:
+        """One bicubic resize of the whole image; its sides change by nearly the same factor."""
+        height, width = self.size_of(*image.size)
+        return _resize(image, (width, height))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -378,13 +453,23 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # exif_transpose copies even where there is nothing to do.
+    if _orientation(image) == 1:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data raises nearly any type; the pixels are fine
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number for how the image lies, from 1, upright, to 8. What is damaged is upright."""
     try:
         with _quiet_pillow():
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-        # exif_transpose copies even where there is nothing to do.
-        return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    except Exception:  # damaged EXIF data raises nearly any type; the pixels are fine
-        return image
+    except Exception:  # nearly any type
+        return 1
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_rgb(image: Image.Image, background: Background) -> Image.Image:

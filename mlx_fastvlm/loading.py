@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_fastvlm.blas import use_openblas
 from mlx_fastvlm.cache_folder import CACHE_VARIABLE, cache_home
 from mlx_fastvlm.checkpoint_files import ADAPTER_CONFIG, PROJECTOR, WEIGHT_SUFFIXES, is_projector_alone
+from mlx_fastvlm.clip_head import ClipHead
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import CheckpointError, FastVLMError, HubError, OptionError
 from mlx_fastvlm.hub import download_checkpoint, is_hub_id
@@ -96,6 +97,7 @@ def load_model(folder: Path, config: FastVLMConfig, dtype: str | None = None) ->
         first_line = str(error).splitlines()[0]
         raise CheckpointError(f"{path} does not fit its config.json ({first_line}); convert the model again.") from None
     model.eval()
+    model.clip_head = ClipHead.in_folder(folder)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from mlx_fastvlm.cache import Cache
 # image come in order, so two prompts that agree on all positions before agree on which row it is.
 Position = int | str
 
+_MOST = 512  # prefixes held: each is looked at for every prompt, which is to cost next to nothing
 _FEW = 32  # positions: computing them again costs less than a second copy of all that comes before them takes
 
 
@@ -22,10 +24,7 @@ class _Entry:
     cache: list[Cache]
     kv_bits: int | None
     pinned: bool
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.cache)
+    nbytes: int
 
 
 class PrefixCache:
@@ -87,13 +86,14 @@ class PrefixCache:
         cache = [layer.copy(len(positions)) for layer in cache]  # without the room that is for more
         mx.eval([layer.arrays() for layer in cache])
         self._entries = [entry for entry in self._entries if not _is_covered(entry, positions, kv_bits)]
-        self._entries.append(_Entry(positions, cache, kv_bits, pinned))
-        held = sum(entry.nbytes for entry in self._entries if not entry.pinned)
-        for entry in [entry for entry in self._entries if not entry.pinned]:
-            if held <= self._max_bytes:
-                break
-            held -= entry.nbytes
-            self._entries.remove(entry)
+        nbytes = sum(layer.nbytes for layer in cache)
+        self._entries.append(_Entry(positions, cache, kv_bits, pinned, nbytes))
+        loose = deque(entry for entry in self._entries if not entry.pinned)
+        held = sum(entry.nbytes for entry in loose)
+        while held > self._max_bytes or len(loose) > _MOST:
+            oldest = loose.popleft()
+            held -= oldest.nbytes
+            self._entries.remove(oldest)
 
 
 def common_length(first: Sequence[Position], second: Sequence[Position]) -> int:

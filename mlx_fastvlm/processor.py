@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 from tokenizers import Tokenizer
 
+from mlx_fastvlm.auto_resolution import AUTO, FILE_NAME, AutoResolution
 from mlx_fastvlm.config import FastVLMConfig
-from mlx_fastvlm.errors import CheckpointError, ConfigError
+from mlx_fastvlm.errors import CheckpointError, ConfigError, FastVLMWarning, OptionError
 from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
 from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.prompt import Message, build_prompt, tokenize_prompt
+from mlx_fastvlm.resolution import Fit
 from mlx_fastvlm.text_stream import TextStream
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -23,21 +27,30 @@ class Processor:
 
     Args:
         tokenizer: the model's tokenizer.
-        image_processor: how images become pixel values.
+        image_processor: how images become pixel values, as the model was trained.
         eos_token_ids: ids that end an answer.
+        auto_resolution: the thresholds of resolution "auto"; None for guessed ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, eos_token_ids: frozenset[int]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        eos_token_ids: frozenset[int],
+        auto_resolution: AutoResolution | None = None,
+    ):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.eos_token_ids = eos_token_ids
+        self.auto_resolution = auto_resolution
+        self._noticed: set[ImageProcessor] = set()
 
     @classmethod
     def from_folder(cls, folder: Path, config: FastVLMConfig) -> Processor:
-        """Read tokenizer.json and preprocessor_config.json of a converted model.
+        """Read tokenizer.json and preprocessor_config.json of a converted model, and auto_resolution.json if it is there.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError, OptionError: a file is missing or damaged.
         """
         path = folder / "tokenizer.json"
         try:
@@ -50,11 +63,40 @@ class Processor:
         except (ValueError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); convert the model again.") from None
         stops = {tokenizer.token_to_id(token) for token in STOP_TOKENS} - {None}
-        return cls(tokenizer, image_processor, frozenset(stops | set(config.eos_token_id)))
+        path = folder / FILE_NAME
+        auto_resolution = AutoResolution.from_file(path) if path.exists() else None
+        return cls(tokenizer, image_processor, frozenset(stops | set(config.eos_token_id)), auto_resolution)
 
     def preprocess(self, image: ImageSource) -> mx.array:
         """Anything that names or holds an image → (1, R, R, 3) in [0, 1]. Raises ImageError."""
         return self.image_processor.preprocess(image)
+
+    def images_at(self, resolution: int | str | AutoResolution | None, fit: Fit | None) -> ImageProcessor:
+        """`image_processor` at another resolution or fit; warns, once for each, of what the model was not trained on.
+
+        Args:
+            resolution, fit: see `GenerationOptions`.
+
+        Raises:
+            OptionError: they cannot be had.
+        """
+        trained = self.image_processor
+        if resolution == AUTO:
+            resolution = self.auto_resolution or AutoResolution.guessed(trained.image_size)
+        if isinstance(resolution, AutoResolution):
+            if resolution.trained != trained.image_size:
+                raise OptionError(
+                    f"The thresholds are for a model trained on {resolution.trained} pixels, this one was on "
+                    f"{trained.image_size}: run mlx-fastvlm calibrate-resolution with this one."
+                )
+            chosen = replace(trained.at(fit=fit), auto=resolution)
+        else:
+            chosen = trained.at(resolution, fit)
+        notices = _notices(trained, chosen)
+        if notices and chosen not in self._noticed:
+            self._noticed.add(chosen)
+            warnings.warn(" ".join(notices), FastVLMWarning, stacklevel=3)
+        return chosen
 
     def tokenize(self, prompt: str | Sequence[Message], num_images: int = 0, system: str | None = None) -> list[int]:
         """A question or a conversation → ids, -200 at each image. Raises OptionError as `build_prompt` does."""
@@ -67,3 +109,20 @@ class Processor:
     def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A fresh stream that turns one answer's tokens into text."""
         return TextStream(self.tokenizer, stop)
+
+
+def _notices(trained: ImageProcessor, chosen: ImageProcessor) -> list[str]:
+    """What people should know who choose other images than a model was trained on."""
+    notices = []
+    if chosen.image_size != trained.image_size:
+        notices.append(
+            f"This model was trained on images of {trained.image_size}x{trained.image_size} pixels; "
+            f"at {chosen.image_size} its answers may be worse."
+        )
+    if chosen.auto is not None and not chosen.auto.calibrated:
+        notices.append(
+            "The thresholds of resolution auto are guessed for this model: mlx-fastvlm calibrate-resolution finds better ones."
+        )
+    if chosen.fit == "native" != trained.fit:
+        notices.append("This model was trained on square images; of rectangles (fit native) it may say less.")
+    return notices

@@ -7,6 +7,7 @@ that a fresh start gives.
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ import mlx.core as mx
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.config import IMAGE_TOKEN_INDEX
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.feature_cache import FeatureCache
+from mlx_fastvlm.feature_cache import FeatureCache, rows_name
 from mlx_fastvlm.generate import Prefilled, check_context, prefill
 from mlx_fastvlm.image_content import ImageContent, recognize
 from mlx_fastvlm.image_features import image_rows
-from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.image_processing import ImageProcessor, ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.prefix_cache import Position, PrefixCache
@@ -28,6 +29,8 @@ from mlx_fastvlm.processor import Processor
 
 MAX_FEATURE_BYTES = 2**28  # some 290 pictures of 256 rows for the 0.5B in float32
 MAX_PREFIX_BYTES = 2**29  # some 21,000 positions of the 0.5B in float32
+
+_MOST_CHOSEN = 4096  # images whose resolution is remembered
 
 
 @dataclass
@@ -68,8 +71,9 @@ class Reuse:
     ):
         self.model = model
         self.processor = processor
-        self.features = FeatureCache(model, processor, max_feature_bytes, folder)
+        self.features = FeatureCache(model, max_feature_bytes, folder)
         self.prefixes = PrefixCache(max_prefix_bytes)
+        self._chosen: OrderedDict[str, ImageProcessor] = OrderedDict()  # by content, where it decides; oldest first
         self._prefill_beginning()
 
     def check_model(self, model: FastVLM, processor: Processor) -> None:
@@ -86,12 +90,13 @@ class Reuse:
         Args:
             input_ids: with -200 at each image.
             images: in the order of those.
-            options: for the context's limit and the kind of cache.
+            options: for the size of images, the context's limit and the kind of cache.
             clock: stages are booked on it.
 
         Raises:
             ContextError: prompt and answer do not fit into the context.
             ImageError: an image cannot be read.
+            OptionError: the size of images cannot be had.
         """
         prompt = self._prefill(input_ids, images, options, clock)
         in_doubt = 1  # positions: Ctrl-C may leave the last one half written
@@ -115,34 +120,41 @@ class Reuse:
             pass
         return clock
 
+    def chosen_for(self, image: ImageContent, image_processor: ImageProcessor) -> ImageProcessor:
+        """`ImageProcessor.chosen_for`, which looks at an image once. Raises ImageError."""
+        if image_processor.auto is None:
+            return image_processor
+        name = rows_name(image, image_processor)
+        if name not in self._chosen:
+            picture = open_image(image.open(), background=image_processor.background)
+            self._chosen[name] = image_processor.chosen_for(picture)
+            if len(self._chosen) > _MOST_CHOSEN:
+                self._chosen.popitem(last=False)
+        return self._chosen[name]
+
     def _prefill(
         self, input_ids: Sequence[int], images: Sequence[ImageSource], options: GenerationOptions, clock: StageClock
     ) -> ReusablePrompt:
-        background = self.processor.image_processor.background
-        contents = [recognize(image, background) for image in images]
+        image_processor = self.processor.images_at(options.resolution, options.fit)
+        contents = [recognize(image, image_processor.background) for image in images]
+        prepared = [self.chosen_for(content, image_processor) for content in contents]
+        rows = [image_rows(content, chosen) for content, chosen in zip(contents, prepared, strict=True)]
+        names = [rows_name(content, chosen) for content, chosen in zip(contents, prepared, strict=True)]
         clock.lap("recognize")
-        positions = self._positions(input_ids, contents)
+        positions = _positions(input_ids, names, rows)
         check_context(self.model, len(positions), options.max_tokens)
         cache, known = self.prefixes.longest(positions, options.kv_bits)
         if cache is None:
             cache = self.model.make_cache(options.kv_bits)
-        rest, num_images, rows_known = _rest_of(input_ids, image_rows(self.model, self.processor), known)
-        features = [self.features.rows(image, clock) for image in contents[len(contents) - num_images :]]
+        rest, num_images, rows_known = _rest_of(input_ids, rows, known)
+        needed = list(zip(contents, prepared, strict=True))[len(contents) - num_images :]
+        features = [self.features.rows(content, chosen, clock) for content, chosen in needed]
         if rows_known:
             features[0] = features[0][rows_known:]
         logits = prefill(self.model, self.model.embed(rest, features), cache)
         mx.eval(logits)
         clock.lap("prefill")
         return ReusablePrompt(logits, cache, len(positions), known, positions)
-
-    def _positions(self, input_ids: Sequence[int], images: Sequence[ImageContent]) -> list[Position]:
-        """What the decoder sees, position by position."""
-        count = image_rows(self.model, self.processor)
-        names = iter([self.features.name(image) for image in images])
-        positions: list[Position] = []
-        for token in input_ids:
-            positions += [next(names)] * count if token == IMAGE_TOKEN_INDEX else [token]
-        return positions
 
     def _prefill_beginning(self) -> None:
         """Hold what every prompt with the default system line begins with, for good."""
@@ -153,20 +165,35 @@ class Reuse:
         self.prefixes.keep(beginning, cache, pinned=True)
 
 
-def _rest_of(input_ids: Sequence[int], rows: int, known: int) -> tuple[list[int], int, int]:
+def _positions(input_ids: Sequence[int], names: Sequence[str], rows: Sequence[int]) -> list[Position]:
+    """What the decoder sees, position by position.
+
+    Args:
+        input_ids: with -200 at each image.
+        names, rows: what each image's rows are known by, and how many they are.
+    """
+    images = iter(zip(names, rows, strict=True))
+    positions: list[Position] = []
+    for token in input_ids:
+        name, count = next(images) if token == IMAGE_TOKEN_INDEX else (token, 1)
+        positions += [name] * count
+    return positions
+
+
+def _rest_of(input_ids: Sequence[int], rows: Sequence[int], known: int) -> tuple[list[int], int, int]:
     """What is left of a prompt whose first `known` positions the decoder has seen.
 
     Args:
         input_ids: with -200 at each image.
-        rows: positions of an image.
+        rows: positions of each image.
         known: fewer than the prompt has.
 
     Returns:
         The ids from the first one on that is not fully known, the images among them, and the rows known of the first.
     """
-    position = 0
+    position, widths = 0, iter(rows)
     for i, token in enumerate(input_ids):
-        width = rows if token == IMAGE_TOKEN_INDEX else 1
+        width = next(widths) if token == IMAGE_TOKEN_INDEX else 1
         if position + width > known:
             rest = list(input_ids[i:])
             return rest, rest.count(IMAGE_TOKEN_INDEX), known - position

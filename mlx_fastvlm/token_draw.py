@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_fastvlm.logprobs import PendingLogprobs, TokenLogprobs
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.sampling import make_sampler, penalize_repetition
 
@@ -20,18 +22,24 @@ class TokenDraw:
     Args:
         options: how to draw.
         constraint: which tokens may follow, for an answer in a given form.
+
+    Attributes:
+        is_greedy: whether it does no more than take the likeliest token.
     """
 
     def __init__(self, options: GenerationOptions, constraint: Constraint | None = None):
         self._sampler = make_sampler(options.temp, options.top_p, options.top_k, options.seed)
         self._penalty = options.repetition_penalty
+        self._top_logprobs = options.logprobs
         self._constraint = constraint
         self._last: mx.array | None = None  # (1,) the token drawn last
         self._drawn: mx.array | None = None  # (1, tokens so far), for the penalty
-        self.is_greedy = options.temp == 0 and self._penalty == 1 and constraint is None
+        self._logprobs: deque[PendingLogprobs] = deque()  # of tokens drawn, not asked for yet
+        self.is_greedy = options.temp == 0 and self._penalty == 1 and constraint is None and options.logprobs is None
 
     def __call__(self, logits: mx.array) -> mx.array:
         """(1, vocab) logits for the position after the last token drawn → (1,) token id, being computed."""
+        own = logits
         if self._constraint is not None:
             if self._last is not None:
                 self._constraint.accept(self._last.item())
@@ -40,7 +48,13 @@ class TokenDraw:
             logits = self._penalized(logits)
         self._last = self._sampler(logits)
         mx.async_eval(self._last)
+        if self._top_logprobs is not None:
+            self._logprobs.append(PendingLogprobs(own, self._last, self._top_logprobs))
         return self._last
+
+    def next_logprobs(self) -> TokenLogprobs | None:
+        """Of the next token in the order in which they were drawn; None where the options ask for none."""
+        return self._logprobs.popleft().read() if self._top_logprobs is not None else None
 
     def _penalized(self, logits: mx.array) -> mx.array:
         if self._last is None:

@@ -19,6 +19,7 @@ from mlx_fastvlm.errors import FastVLMWarning, ImageError, OptionError
 from mlx_fastvlm.feature_cache import FeatureCache
 from mlx_fastvlm.generate import prefill_prompt
 from mlx_fastvlm.image_content import recognize
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.prefix_cache import PrefixCache
 from tests.conftest import GOLDEN
@@ -268,11 +269,11 @@ class TestRecognize:
 
 class TestFeatureCache:
     def features(self, tiny, **options):
-        return FeatureCache(*tiny, **({"max_bytes": 2**20} | options))
+        return FeatureCache(tiny[0], **({"max_bytes": 2**20} | options))
 
-    def stages(self, cache, image):
+    def stages(self, cache, image, image_size=256):
         clock = StageClock()
-        rows = cache.rows(recognize(image), clock)
+        rows = cache.rows(recognize(image), ImageProcessor(image_size), clock)
         return rows, set(clock.seconds)
 
     def test_the_least_recently_used_goes_first(self, tiny):

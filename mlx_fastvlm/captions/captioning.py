@@ -16,7 +16,7 @@ from mlx_fastvlm.answer import GenerationResponse
 from mlx_fastvlm.batch_generate import BatchGenerator, images_at_once
 from mlx_fastvlm.captions.read_ahead import ReadAhead
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
@@ -87,18 +87,22 @@ def caption_images(
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; expected 1 or more.")
     chosen = GenerationOptions(**options)
-    group = min(batch_size, images_at_once(processor))
+    image_processor = processor.images_at(chosen.resolution, chosen.fit)
+    largest = (image_processor.image_size, image_processor.image_size)
+    group = min(batch_size, images_at_once(largest))
     generator = BatchGenerator(model, processor, max_rows=2 * batch_size, min_group=group)
     input_ids = processor.tokenize(prompt, 1, chosen.system)
     # Asked for and taken back: what cannot be answered is refused now rather than with the first image.
-    generator.remove(generator.add_tokens(input_ids, [np.empty(0)], options=chosen))
+    generator.remove(generator.add_tokens(input_ids, [np.empty((*largest, 3), np.float32)], options=chosen))
     threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     work = _Work(generator, input_ids, chosen, ready_to_begin=group)
-    return _captions(work, images, processor, threads, most_read=group + threads, window=_BATCHES_AHEAD * batch_size)
+    return _captions(
+        work, images, image_processor, threads, most_read=group + threads, window=_BATCHES_AHEAD * batch_size
+    )
 
 
 def _captions(
-    work: _Work, images: Iterable, processor: Processor, threads: int, most_read: int, window: int
+    work: _Work, images: Iterable, image_processor: ImageProcessor, threads: int, most_read: int, window: int
 ) -> Iterator[Caption]:
     """See `caption_images`.
 
@@ -109,7 +113,7 @@ def _captions(
     """
 
     def read(image: ImageSource | Callable[[], ImageSource]) -> np.ndarray:
-        return processor.image_processor.to_array(image() if callable(image) else image)
+        return image_processor.to_array(image() if callable(image) else image)
 
     coming = enumerate(images)
     yielded = 0

@@ -6,18 +6,15 @@ The rows themselves are caption_rows' concern.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from mlx_fastvlm.captions.picture_files import Picture
 from mlx_fastvlm.captions.rows import CaptionRow, Recipe, row_format
 from mlx_fastvlm.errors import FastVLMError, OptionError
+from mlx_fastvlm.locked_file import append, lock, open_locked, write_all
 from mlx_fastvlm.replace_file import replace_file
 
 _Key = tuple[str, int | None]
@@ -59,7 +56,7 @@ class CaptionFile:
         self._in_order = True
         self._starts_over = overwrite
         try:
-            self._file = _open_locked(self._path, path)
+            self._file = open_locked(self._path, path)
         except OSError as error:
             raise OptionError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from None
         try:
@@ -81,7 +78,7 @@ class CaptionFile:
         try:
             if self._starts_over:
                 self._start_over()
-            self._append(self._format.encode(row))
+            append(self._file, self._format.encode(row))
         except OSError as error:
             raise self._failure(error) from None
         self._note(row)
@@ -114,16 +111,6 @@ class CaptionFile:
         if size != os.fstat(self._file.fileno()).st_size:
             self._rewrite(record for _, record in self._kept_rows())
 
-    def _append(self, record: bytes) -> None:
-        """Write a record, or nothing of it. Raises OSError."""
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            _write_all(self._file, record)
-        except OSError:
-            with suppress(OSError):
-                self._file.truncate(end)
-            raise
-
     def _check_header(self) -> None:
         """Write the header into a file that is new, or was torn within it."""
         header = self._format.header
@@ -139,7 +126,7 @@ class CaptionFile:
         """Leave nothing but the header in the file."""
         self._starts_over = False
         self._file.truncate(0)
-        _write_all(self._file, self._format.header)
+        write_all(self._file, self._format.header)
 
     def _rows(self) -> Iterator[tuple[CaptionRow, bytes]]:
         """Every whole row and its record; raises OptionError at the first that is not one of ours."""
@@ -184,11 +171,11 @@ class CaptionFile:
         """Replace the file by one of these records, aside and then renamed, without ever letting go of the lock."""
         new = open(self._aside, "a+b", buffering=0)  # noqa: SIM115, it becomes the file that stays open
         try:
-            _lock(new, self._name)
+            lock(new, self._name)
             os.fchmod(new.fileno(), os.fstat(self._file.fileno()).st_mode & 0o7777)
-            _write_all(new, self._format.header)
+            write_all(new, self._format.header)
             for record in records:
-                _write_all(new, record)
+                write_all(new, record)
             os.fsync(new.fileno())
             os.replace(self._aside, self._path)
         except BaseException:
@@ -270,34 +257,3 @@ def _difference(made: Recipe, wanted: Recipe) -> str:
         return f'the prompt "{made.prompt}"'
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in made.options.items())
     return given or "the default options"
-
-
-def _open_locked(path: Path, name: Path) -> BinaryIO:
-    """Open a file, made if it is missing, that no other process writes. Raises OptionError if one does, or OSError."""
-    while True:
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115, it stays open
-        try:
-            _lock(file, name)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # the other process renamed a new file over it in between
-
-
-def _lock(file: BinaryIO, name: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OptionError(f"{name} is being written by another run: wait for it, or give another --out.") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
-            raise  # those four: a network file system without locks, on which nobody can be kept out
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Write all; a disk that fills up may take a part before it refuses. Raises OSError."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]

@@ -38,6 +38,7 @@ def feed_forward_cpu(x: mx.array, fc1: Linear, fc2: Linear, residual: mx.array) 
         len(source),
         cpu.ROWS,
         cpu.panels().PANEL,
+        work=len(source) * (fc1[0].size + fc2[0].size),
     )
     return out
 

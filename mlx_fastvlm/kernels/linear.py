@@ -11,6 +11,8 @@ import numpy as np
 
 from mlx_fastvlm.kernels import cpu
 
+_ONE_ROW = 8  # times the time of a multiplication: with one row a product waits for the weight to come from memory
+
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """x @ weightᵀ + bias: x (..., C), weight (O, C) in x's type or a narrower one, bias (O,) → (..., O) in x's type."""
@@ -35,18 +37,47 @@ def linear_rows(
             out += bias
         return
     offsets = np.zeros(len(matrix), np.float32) if bias is None else bias
+    work = len(x) * matrix.size
+    if are_few(x):
+        cpu.in_blocks(
+            lambda start, stop: _outputs(x, matrix[start:stop], offsets[start:stop], out[:, start:stop], gelu),
+            len(matrix),
+            len(matrix),
+            cpu.panels().OUTPUTS,
+            work=work,
+        )
+        return
     cpu.in_blocks(
         lambda start, stop: cpu.panels().linear_rows(x, matrix, offsets, out, start, stop, gelu),
         len(x),
         cpu.ROWS,
         cpu.panels().PANEL,
+        work=work,
     )
+
+
+def are_few(x: np.ndarray) -> bool:
+    """Whether the rows are one panel: then each core takes a share of the outputs, as rows cannot be shared.
+
+    A step of a batch has so many, or a second question about a picture.
+    """
+    return len(x) <= cpu.panels().PANEL
+
+
+def _outputs(x: np.ndarray, matrix: np.ndarray, bias: np.ndarray, out: np.ndarray, gelu: bool) -> None:
+    """`linear_rows` on one core, where the rows of `out` need not lie side by side."""
+    rows = np.empty(out.shape, np.float32)
+    cpu.panels().linear_rows(x, matrix, bias, rows, 0, len(x), gelu)
+    out[:] = rows
 
 
 def matvec(matrix: np.ndarray, vector: np.ndarray, out: np.ndarray) -> None:
     """out = matrix @ vector, a share of the rows on each core: (O, C) as `cpu.weight` has it, (C,), (O,)."""
     cpu.in_blocks(
-        lambda start, stop: cpu.loops().matvec(matrix[start:stop], vector, out[start:stop]), len(matrix), len(matrix)
+        lambda start, stop: cpu.loops().matvec(matrix[start:stop], vector, out[start:stop]),
+        len(matrix),
+        len(matrix),
+        work=_ONE_ROW * matrix.size,
     )
 
 

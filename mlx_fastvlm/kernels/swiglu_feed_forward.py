@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fastvlm.kernels import cpu
-from mlx_fastvlm.kernels.linear import linear, linear_reference, matvec
+from mlx_fastvlm.kernels.linear import are_few, linear, linear_reference, linear_rows
 from mlx_fastvlm.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -34,17 +34,18 @@ def swiglu_feed_forward_cpu(x: mx.array, gate_up: mx.array, down: mx.array) -> m
 
 def _swiglu_rows(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
     """The same on matrices: x, out (R, C), weights as `cpu.weight` has them."""
-    if len(x) == 1:
-        both, hidden = np.empty((1, len(gate_up)), np.float32), np.empty((1, down.shape[1]), np.float32)
-        matvec(gate_up, x[0], both[0])
+    if are_few(x):
+        both, hidden = (np.empty((len(x), width), np.float32) for width in (len(gate_up), down.shape[1]))
+        linear_rows(x, gate_up, None, both)
         cpu.loops().silu_mul(both, hidden)
-        matvec(down, hidden[0], out[0])
+        linear_rows(hidden, down, None, out)
         return
     cpu.in_blocks(
         lambda start, stop: cpu.panels().swiglu_rows(x, gate_up, down, out, start, stop),
         len(x),
         cpu.ROWS,
         cpu.panels().PANEL,
+        work=len(x) * (gate_up.size + down.size),
     )
 
 
