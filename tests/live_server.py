@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import re
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +43,10 @@ class LiveServer:
     server: Server
     key: str = "none"
 
+    @property
+    def port(self) -> int:
+        return int(self.url.removesuffix("/v1").rpartition(":")[2])
+
     def openai(self) -> openai.OpenAI:
         import openai
 
@@ -53,23 +59,51 @@ class LiveServer:
         return self.openai().chat.completions.create(model="demo", messages=[user(question, *images)], **options)
 
     def figures(self) -> dict[str, float]:
-        """/metrics by name and labels, without the common prefix."""
-        lines = self.http().get("/metrics", headers={"Authorization": f"Bearer {self.key}"}).text.splitlines()
-        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        return {name.removeprefix("mlx_fastvlm_"): float(value) for name, _, value in pairs}
+        """/metrics by name and labels, without the common prefix; of all models together."""
+        page = self.http().get("/metrics", headers={"Authorization": f"Bearer {self.key}"}).text
+        return figures_of(page)
 
     def wait_for(self, name: str, value: float) -> None:
         """Return once a figure has reached a value."""
         wait_until(lambda: self.figures().get(name, 0) == value, f"{name} is not {value}")
 
 
+def figures_of(page: str) -> dict[str, float]:
+    """A page of /metrics; see `LiveServer.figures`."""
+    figures: dict[str, float] = {}
+    for line in page.splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.removeprefix("mlx_fastvlm_").rpartition(" ")
+            name = re.sub(r',?model="[^"]*"', "", name).replace("{,", "{").replace("{}", "")
+            figures[name] = figures.get(name, 0) + float(value)
+    return figures
+
+
 @contextmanager
-def serving(model, processor, limits: Limits | None = None, grace_seconds: float = 0.2, **settings):
-    """A `LiveServer` in a thread, and afterwards the end of it."""
-    from mlx_fastvlm.server.app import create_app
+def serving(
+    model,
+    processor,
+    limits: Limits | None = None,
+    grace_seconds: float = 0.2,
+    defaults: Mapping[str, Any] | None = None,
+    others: Mapping[str, tuple] | None = None,
+    **settings,
+):
+    """A `LiveServer` of the model "demo" in a thread, and afterwards the end of it.
+
+    Args:
+        model, processor: from `load`.
+        limits, grace_seconds: of the server.
+        defaults: options of the model's answers that requests leave open.
+        others: more models by their names, as `load` gives them.
+        settings: of `create_app`.
+    """
+    from mlx_fastvlm.server.app import ServedModel, create_app
     from mlx_fastvlm.server.run import Server, open_socket
 
-    app = create_app(model, processor, model_id="demo", limits=limits or Limits(), **settings)
+    models = [ServedModel("demo", model, processor, defaults or {})]
+    models += [ServedModel(name, *loaded) for name, loaded in (others or {}).items()]
+    app = create_app(models, limits=limits or Limits(), **settings)
     with open_socket("127.0.0.1", 0) as listener:
         server = Server(app, grace_seconds)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -77,7 +111,8 @@ def serving(model, processor, limits: Limits | None = None, grace_seconds: float
         port = listener.getsockname()[1]
         wait_until(lambda: server.started, "the server has not started")
         try:
-            yield LiveServer(f"http://127.0.0.1:{port}/v1", app.state.engine, server, settings.get("api_key") or "none")
+            engine = app.state.engines["demo"]
+            yield LiveServer(f"http://127.0.0.1:{port}/v1", engine, server, settings.get("api_key") or "none")
         finally:
             server.should_exit = True
             thread.join(30)

@@ -7,12 +7,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import PIL.Image
 import pytest
 
 from mlx_fastvlm import load
-from mlx_fastvlm.errors import FastVLMWarning
+from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.feature_cache import image_features
 from mlx_fastvlm.generate import stream_generate
+from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.reuse import Reuse
 from tests.demo_pictures import draw
 from tests.live_server import data_url, example, openai_or_skip, serving, user
@@ -195,9 +197,21 @@ def test_langchains_client_gets_the_same(live):
     assert "".join(piece.content for piece in model.stream([user(QUESTION, SHAPES)])) == answer.content
 
 
-def test_the_model_is_listed(live):
+def test_the_model_is_listed(live, demo):
     client = live.openai()
-    assert [model.id for model in client.models.list()] == ["demo"]
+    (card,) = client.models.list()
+    assert card.id == "demo"
+    resolutions = demo[1].image_processor.resolutions
+    assert card.mlx_fastvlm == {
+        "resolution": 256,
+        "default_resolution": 256,
+        "min_resolution": resolutions[0],
+        "max_resolution": resolutions[-1],
+        "resolution_step": 64,
+        "max_tokens": 1024,
+        "max_images": 8,
+        "context_length": demo[0].config.text_config.max_position_embeddings,
+    }
     assert client.models.retrieve("demo").object == "model"
     with pytest.raises(openai.NotFoundError, match="this server has 'demo'"):
         client.models.retrieve("gpt-4o")
@@ -206,11 +220,45 @@ def test_the_model_is_listed(live):
     assert caught.value.code == "model_not_found"
 
 
+def test_several_models_behind_one_server(demo, library):
+    with serving(*demo, others={"second": load("demo")}) as live:
+        client = live.openai()
+        assert [card.id for card in client.models.list()] == ["demo", "second"]
+        assert live.http().get("/health").json()["models"] == ["demo", "second"]
+        asked = [(model, number) for model in ("demo", "second") for number in range(4)]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(
+                pool.map(
+                    lambda one: client.chat.completions.create(
+                        model=one[0], messages=[user(QUESTION, picture(one[1]))]
+                    ),
+                    asked,
+                )
+            )
+        expected = [text_of(library(QUESTION, picture(number))) for number in range(4)]
+        assert [text_of(answer) for answer in answers] == expected * 2
+        assert [answer.model for answer in answers] == [model for model, _ in asked]
+
+
+def test_two_models_of_one_name_are_refused(demo):
+    with pytest.raises(OptionError, match="Two models are called demo"), serving(*demo, others={"demo": demo}):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:This model was trained")
+def test_what_a_request_leaves_open_is_as_the_server_was_told(demo, library):
+    with serving(*demo, defaults={"resolution": 320}) as live:
+        chosen, own = live.ask(QUESTION, SHAPES), live.ask(QUESTION, SHAPES, extra_body={"resolution": 256})
+        assert text_of(chosen) == text_of(library(QUESTION, SHAPES, resolution=320))
+        assert chosen.usage.prompt_tokens - own.usage.prompt_tokens == 5**2 - 4**2
+        assert live.openai().models.retrieve("demo").mlx_fastvlm["default_resolution"] == 320
+
+
 def test_health_and_figures(live):
     before = live.figures()
     live.ask("Hello", max_tokens=4)
     after = live.figures()
-    assert live.http().get("/health").json() == {"status": "ok", "model": "demo"}
+    assert live.http().get("/health").json() == {"status": "ok", "models": ["demo"]}
     assert after["ttft_seconds_count"] == before["ttft_seconds_count"] + 1
     assert after["prompt_tokens_total"] > before["prompt_tokens_total"]
     assert after["memory_bytes"] > 4e6  # the model
@@ -221,6 +269,50 @@ def test_times_count_from_the_requests_arrival(live):
     assert 0 < timings["ttft"] < 60
     assert sum(timings["stages"].values()) == pytest.approx(timings["ttft"], abs=1e-3)
     assert {"receive", "decode", "tokenize", "wait", "prefill", "first_token"} <= set(timings["stages"])
+
+
+def test_the_first_chunk_and_the_last_say_how_long_the_first_token_took(live):
+    chunks = list(live.ask(QUESTION, SHAPES, stream=True))
+    first, last = chunks[0].timings, chunks[-1].timings
+    assert first["ttft"] == last["ttft"] == pytest.approx(sum(first["stages"].values()), abs=1e-3)
+    assert not any(hasattr(chunk, "timings") for chunk in chunks[1:-1])
+
+
+@pytest.mark.filterwarnings("ignore:This model was trained")
+def test_resolution_and_fit_are_the_librarys(live, library):
+    wide = io.BytesIO()
+    PIL.Image.open(io.BytesIO(picture(3))).resize((640, 320)).save(wide, "PNG")
+    wide = wide.getvalue()
+    for chosen in ({"resolution": 384}, {"resolution": 512, "fit": "native"}, {"fit": "crop"}):
+        expected = library(QUESTION, wide, **chosen)
+        answer = live.ask(QUESTION, wide, extra_body=chosen)
+        assert (text_of(answer), answer.usage.prompt_tokens) == (text_of(expected), expected[-1].prompt_tokens)
+    # The rows of one size are not taken for those of another.
+    assert text_of(live.ask(QUESTION, wide)) == text_of(library(QUESTION, wide))
+
+
+@pytest.mark.filterwarnings("ignore:This model was trained")
+def test_low_detail_is_half_the_models_own_resolution(demo):
+    model, processor = demo
+    larger = Processor(processor.tokenizer, processor.image_processor.at(512), processor.eos_token_ids)
+
+    def asked(live, *details, **more):
+        parts = [{"type": "image_url", "image_url": {"url": data_url(SHAPES), "detail": each}} for each in details]
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}
+        completions = live.openai().chat.completions
+        return completions.create(model="demo", messages=[message], max_tokens=1, extra_body=more).usage.prompt_tokens
+
+    with serving(model, larger) as live:
+        high, low = 8**2, 4**2
+        assert asked(live, "high") - asked(live, "low") == high - low
+        assert asked(live, "auto") == asked(live, "original") == asked(live, "high")
+        assert asked(live, "low", "low") < asked(live, "low", "high") == asked(live, "high", "high")
+        assert asked(live, "low", resolution=512) == asked(live, "high")
+
+
+def test_penalties_of_0_are_no_penalties(live):
+    plain = text_of(live.ask(QUESTION, SHAPES))
+    assert text_of(live.ask(QUESTION, SHAPES, frequency_penalty=0, presence_penalty=0.0)) == plain
 
 
 def test_unknown_fields_are_ignored_and_null_means_left_out(live):
@@ -268,7 +360,14 @@ IMAGE_AT = "messages[0].content[1].image_url.url"
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
         ({"n": 2}, "n", "several requests"),
-        ({"logprobs": True}, "logprobs", "cannot be had"),
+        ({"top_logprobs": 2}, "top_logprobs", "without logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logprobs": 2}, "logprobs", "boolean"),
+        ({"resolution": 300}, None, "256 or 320"),
+        ({"resolution": 10**30}, None, "2048"),
+        ({"resolution": "256"}, "resolution", "integer"),
+        ({"fit": "stretch"}, "fit", "'pad'"),
+        ({"presence_penalty": -0.5}, "presence_penalty", "cannot be had"),
         ({"tools": [{"type": "function"}]}, "tools", "cannot be had"),
         ({"frequency_penalty": 1}, "frequency_penalty", "cannot be had"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),

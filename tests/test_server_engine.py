@@ -1,17 +1,29 @@
 """What the engine does when clients leave, crowd or wait too long, when the model fails, and when it is told to stop."""
 
+import asyncio
+import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mlx_fastvlm import load
+from mlx_fastvlm import generate, load
+from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.batch_generate import BatchGenerator
+from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.reuse import Reuse
 from mlx_fastvlm.server.limits import Limits
-from tests.live_server import SlowSteps, long_answer, openai_or_skip, serving, user, wait_until
+from mlx_fastvlm.token_draw import make_draw
+from tests.live_server import SlowSteps, example, long_answer, openai_or_skip, serving, user, wait_until
 
 openai = openai_or_skip()
+
+from mlx_fastvlm.server.engine import Engine  # noqa: E402
+from mlx_fastvlm.server.fair_lock import FairLock  # noqa: E402
+from mlx_fastvlm.server.job import Question  # noqa: E402
+from mlx_fastvlm.server.metrics import Metrics  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +208,111 @@ def test_a_server_that_stops_tells_clients_whose_answers_break_off(demo, slow):
         with pytest.raises(openai.InternalServerError) as caught:  # the client's class for 503
             waiting.result()
         assert caught.value.status_code == 503
+
+
+def test_a_form_that_takes_long_to_compile_keeps_no_other_answer_waiting(demo, monkeypatch):
+    compiled = threading.Event()
+
+    def make_slowly(processor, options):
+        compiled.wait(30)
+        return make_draw(processor, options)
+
+    monkeypatch.setattr("mlx_fastvlm.server.engine.make_draw", make_slowly)
+    with serving(*demo) as live, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(live.ask, "Hello", **long_answer(2))
+        wait_until(lambda: live.engine._form_thread.is_alive() and not live.engine._formless, "it is not compiled")
+        assert live.ask("Hello", max_tokens=2).usage.completion_tokens <= 2
+        assert not slow.done()
+        compiled.set()
+        assert json.loads(slow.result().choices[0].message.content)
+
+
+def test_a_form_that_cannot_be_followed_is_the_clients_mistake(demo):
+    form = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"type": "unheard of"}}}
+    with serving(*demo) as live:
+        with pytest.raises(openai.BadRequestError, match="schema"):
+            live.ask("Hello", response_format=form)
+        assert live.ask("Hello", max_tokens=2).usage.completion_tokens <= 2
+
+
+def test_a_client_with_a_hundred_requests_delays_anothers_one_by_few_answers(demo, slow):
+    asked, order = 100, []
+    engine_take = Engine._deliver
+
+    def deliver(self, job, response):
+        if response.finish_reason is not None:
+            order.append(job.client)
+        engine_take(self, job, response)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_deliver", deliver)
+        limits = Limits(max_batch=4, max_queue=asked + 1)
+        with serving(*demo, limits=limits) as live, ThreadPoolExecutor(asked + 1) as pool:
+            try:
+                sent = [pool.submit(live.ask, "Hello", max_tokens=3, user="greedy") for _ in range(asked)]
+                wait_until(lambda: len(live.engine._queue) + len(live.engine._running) == asked, "not all wait", 60)
+                sent.append(pool.submit(live.ask, "Hello", max_tokens=3, user="modest"))
+                wait_until(lambda: "modest" in str(live.engine._queue._by_client), "the last one does not wait")
+            finally:
+                slow.may_go.set()
+            assert all(one.result().usage.completion_tokens for one in sent)
+    modest = next(place for place, client in enumerate(order) if client.endswith("modest"))
+    assert len(order) == asked + 1
+    assert modest <= 2 * limits.max_batch  # those that were being answered, and one of the greedy's per turn
+
+
+def test_two_models_behind_one_server_do_not_run_at_once(demo, monkeypatch):
+    turn, running, overlaps = FairLock(), [], []
+
+    class Watched(BatchGenerator):
+        def step(self, hurry=False):
+            running.append(self)
+            overlaps.append(len(running))
+            time.sleep(0.005)
+            try:
+                return super().step(hurry)
+            finally:
+                running.remove(self)
+
+    monkeypatch.setattr("mlx_fastvlm.server.engine.BatchGenerator", Watched)
+
+    async def ask_both():
+        engines = [Engine(*demo, Limits(), Metrics().of("demo"), turn=turn) for _ in range(2)]
+        for engine in engines:
+            engine.start()
+        question = Question(demo[1].tokenize("Hello", 0), [], GenerationOptions(max_tokens=20))
+        jobs = [engine.submit("client", question, StageClock()) for engine in engines for _ in range(2)]
+        answers = []
+        for job in jobs:
+            answers.append([response.token async for response in job.rest(await job.next())])
+        for engine in engines:
+            await asyncio.to_thread(engine.stop, 0)
+        return answers
+
+    answers = asyncio.run(ask_both())
+    assert all(answer == answers[0] for answer in answers)
+    assert len(overlaps) > 8 and set(overlaps) == {1}
+
+
+def test_images_that_wait_together_are_encoded_together(demo, slow, monkeypatch):
+    names = ["shapes-two.png", "shapes-three.png", "shapes-wide.png"]
+    asked = [("Describe this image.", example(name)) for name in names] + [("What is it?", example(names[0]))]
+    sizes = []
+    encode = FastVLM.encode_images
+    monkeypatch.setattr(FastVLM, "encode_images", lambda self, x: sizes.append(len(x)) or encode(self, x))
+    expected = [generate(*demo, question, image, max_tokens=8) for question, image in asked]
+    sizes.clear()
+    with serving(*demo) as live, ThreadPoolExecutor(5) as pool:
+        try:
+            running = pool.submit(live.ask, "Hello", max_tokens=2)
+            wait_until(lambda: live.engine._running, "the first request does not run")
+            told = [pool.submit(live.ask, question, image, max_tokens=8) for question, image in asked]
+            wait_until(lambda: len(live.engine._queue) == len(asked), "not all wait")
+        finally:
+            slow.may_go.set()
+        assert running.result()
+        answers = [one.result() for one in told]
+        figures = live.figures()
+    assert [answer.choices[0].message.content for answer in answers] == expected
+    assert sizes == [3]  # one picture is shown twice
+    assert figures["encoded_requests_total"] == len(asked)

@@ -4,19 +4,24 @@ import http.server
 import ipaddress
 import socket
 import threading
+from pathlib import Path
 
+import jsonschema
 import pytest
 
 from mlx_fastvlm import load
 from mlx_fastvlm.errors import ImageError, OptionError
+from mlx_fastvlm.server import page_files
 from mlx_fastvlm.server.limits import Limits
+from mlx_fastvlm.server.page_files import read_page
 from mlx_fastvlm.server.remote_images import fetch_image, is_public
 from tests.live_server import example, openai_or_skip, serving, user
 
 openai = openai_or_skip()
 
 BODY = {"model": "demo", "messages": [user("Hello")], "max_tokens": 1}
-CHAT = "/v1/chat/completions"
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+PAGE = Path(page_files.__file__).parent / "page"
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +43,9 @@ def for_pages(demo):
         yield live
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nowhere", "/pages", "/page"])
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic s3cret", "s3cret", b"Bearer \xff\xfe", "Bearer"])
-def test_without_the_key_there_is_nothing_but_health(closed, path, header):
+def test_without_the_key_there_is_nothing_but_health_and_the_page(closed, path, header):
     response = closed.http().get(path, headers={} if header is None else {"Authorization": header})
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
@@ -53,6 +58,67 @@ def test_with_the_key_there_is(closed):
     wrong = openai.OpenAI(base_url=closed.url, api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         wrong.models.list()
+
+
+@pytest.mark.parametrize("key", ["s3cret", "wrong", ""])
+def test_anthropics_way_to_send_the_key_is_as_good(closed, key):
+    response = closed.http().get("/v1/models", headers={"x-api-key": key})
+    assert response.status_code == (200 if key == "s3cret" else 401)
+
+
+def test_the_page_and_its_files_are_there_without_the_key(closed):
+    page = closed.http().get("/")
+    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.content == (PAGE / "index.html").read_bytes()
+    names = [path.name for path in PAGE.iterdir() if path.is_file() and not path.name.startswith(".")]
+    assert names
+    for name in names:
+        file = closed.http().get(f"/page/{name}")
+        assert (file.status_code, file.content) == (200, (PAGE / name).read_bytes()), name
+    script = next(name for name in names if name.endswith(".js"))
+    assert closed.http().get(f"/page/{script}").headers["content-type"] == "text/javascript; charset=utf-8"
+
+
+def test_the_page_can_ask_nobody_else_and_be_shown_nowhere_else(closed):
+    for path in ("/", "/page/index.html"):
+        headers = closed.http().get(path).headers
+        policy = dict(rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+        assert (headers["x-content-type-options"], headers["referrer-policy"]) == ("nosniff", "no-referrer")
+        assert "camera=(self)" in headers["permissions-policy"]
+
+
+def test_a_page_that_the_browser_has_is_not_sent_again(closed):
+    first = closed.http().get("/")
+    assert first.headers["cache-control"] == "no-cache"
+    for known, status in ((first.headers["etag"], 304), (f'W/{first.headers["etag"]}, "x"', 304), ('"x"', 200)):
+        again = closed.http().get("/", headers={"If-None-Match": known})
+        assert (again.status_code, again.content) == (status, b"" if status == 304 else first.content)
+    head = closed.http().head("/")
+    assert (head.status_code, head.content) == (200, b"") and head.headers["etag"] == first.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/page/../page_files.py", "/page/%2e%2e/page_files.py", "/page/..%2fpage_files.py", "/page/%2fetc%2fhostname"]
+    + ["/page/missing.js", "/page/", "/page/.hidden", "/page/index.html/", "/page/index.html%00", "/page/INDEX.HTML"],
+)
+def test_a_path_leads_to_nothing_but_the_pages_files(closed, path):
+    with socket.create_connection(("127.0.0.1", closed.port)) as connection:  # httpx would tidy the path up
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert reply.split()[1] in (b"404", b"401", b"307"), reply
+    assert b"import" not in reply
+
+
+def test_which_files_are_the_pages(tmp_path):
+    for name in ("index.html", "a.js", "b.py", ".c.js", "d"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder.js").mkdir()
+    files = read_page(tmp_path)
+    assert {name: file.content.decode() for name, file in files.items()} == {"index.html": "index.html", "a.js": "a.js"}
+    assert read_page(tmp_path / "nowhere") == {}
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "[", "", "10.0.0.1"])
@@ -109,7 +175,26 @@ def test_no_documentation_page_that_loads_from_elsewhere(for_pages):
     assert for_pages.http().get("/docs").status_code == 404
     schema = for_pages.http().get("/openapi.json").json()
     assert set(schema["paths"]) >= {CHAT, "/v1/models", "/health", "/metrics"}
-    assert "422" not in schema["paths"][CHAT]["post"]["responses"]
+
+
+def test_the_schema_describes_the_replies(for_pages):
+    schema = for_pages.http().get("/openapi.json").json()
+    picture = user("What is this?", example("word.png"))
+    chat = {"model": "demo", "messages": [picture], "max_tokens": 3, "logprobs": True, "top_logprobs": 1}
+    message = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    asked = [("get", path, None) for path in ("/v1/models", "/health", "/metrics", "/v1/models/demo", "/v1/models/x")]
+    asked += [("post", path, body) for path, valid in ((CHAT, chat), (MESSAGES, message)) for body in (valid, {})]
+    for method, path, body in asked:
+        response = for_pages.http().request(method, path, json=body)
+        route = "/v1/models/{model}" if path.startswith("/v1/models/") else path
+        described = schema["paths"][route][method]["responses"]
+        assert "422" not in described
+        reply = described.get(str(response.status_code)) or described[f"{response.status_code // 100}XX"]
+        content = reply["content"][response.headers["content-type"].split(";")[0]]["schema"]
+        value = response.text if path == "/metrics" else response.json()
+        jsonschema.validate(value, content)
+        assert content != {}, path
+    assert "text/event-stream" in schema["paths"][CHAT]["post"]["responses"]["200"]["content"]
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])

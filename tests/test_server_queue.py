@@ -25,6 +25,16 @@ def test_a_newcomer_waits_for_one_request_of_each_other_client_at_most():
     assert taken(queue) == ["a2", "b1", "a3"]
 
 
+@pytest.mark.parametrize("count", range(8))
+def test_what_is_upcoming_is_what_will_be_taken(count):
+    queue = FairQueue(10)
+    for name in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        queue.put(name[0], name)
+    queue.take()
+    upcoming = queue.upcoming(count)
+    assert upcoming == taken(queue)[:count]
+
+
 def test_a_full_queue_turns_away_who_fills_it():
     queue = FairQueue(3)
     assert [queue.put("a", name) for name in ("a1", "a2", "a3")] == [None] * 3

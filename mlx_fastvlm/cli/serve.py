@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_fastvlm.cli.options import ComputeDType, FitOption
-from mlx_fastvlm.cli.terminal import Model, Revision, load_model, say
+from mlx_fastvlm.cli.terminal import DType, Revision, load_model, say
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.loading import DEFAULT_MODEL
 
+if TYPE_CHECKING:
+    from mlx_fastvlm.server.app import ServedModel
+
 _API_KEY = "MLX_FASTVLM_API_KEY"
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help='Hub id, model folder, or "demo"; given again, clients choose.',
+        show_default=DEFAULT_MODEL,
+    ),
+]
 
 
 def serve(
-    model: Model = DEFAULT_MODEL,
+    model: Models = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
     ] = "127.0.0.1",
@@ -31,6 +44,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     max_request_mb: Annotated[float, typer.Option(help="Largest request, in MiB.")] = 20,
     max_images: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 8,
+    max_image_mp: Annotated[float, typer.Option(help="Largest image, in megapixels.")] = 50,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
     max_seconds: Annotated[float, typer.Option(help="Most time for a request, waiting included.")] = 300,
     allow_remote_images: Annotated[
@@ -40,11 +54,20 @@ def serve(
         list[str] | None,
         typer.Option(help="Web pages from there may call; may be given again.", metavar="URL", show_default=False),
     ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels on a side in which the model sees pictures, where a request does not say; a multiple of 64.",
+            show_default="as trained",
+        ),
+    ] = None,
     fit: FitOption = None,
     dtype: ComputeDType = None,
     revision: Revision = None,
 ) -> None:
-    """Answer OpenAI clients: POST /v1/chat/completions, GET /v1/models, /health, /metrics.
+    """Answer OpenAI clients, and people at a page for camera and files.
+
+    POST /v1/chat/completions; GET / (the page), /v1/models, /health, /metrics.
 
     \b
     mlx-fastvlm serve --model demo
@@ -67,28 +90,34 @@ def serve(
         max_queue=max_queue,
         max_request_mb=max_request_mb,
         max_images=max_images,
+        max_image_mp=max_image_mp,
         max_tokens=max_tokens,
         max_seconds=max_seconds,
     )
+    chosen = {"resolution": resolution, "fit": fit and fit.value}
+    defaults = {name: value for name, value in chosen.items() if value is not None}
     with open_socket(host, port) as listener:
-        loaded, processor = load_model(model, dtype, revision)
-        if fit is not None:
-            processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
-        model_id = _public_name(model)
+        models = [_load(name, defaults, dtype, revision) for name in model or [DEFAULT_MODEL]]
         app = create_app(
-            loaded,
-            processor,
-            model_id=model_id,
+            models,
             limits=limits,
             api_key=api_key,
             local_only=is_local,
             allow_remote_images=allow_remote_images,
             cors_origins=cors_origin or (),
         )
-        say(_greeting(host, listener.getsockname()[1], model_id, bool(api_key)))
+        say(_greeting(host, listener.getsockname()[1], [served.model_id for served in models], bool(api_key)))
         with suppress(KeyboardInterrupt):  # the server has ended by then
             Server(app, limits.grace_seconds).run(sockets=[listener])
     say("Stopped.")
+
+
+def _load(model: str, defaults: Mapping[str, Any], dtype: DType | None, revision: str | None) -> ServedModel:
+    from mlx_fastvlm.server.app import ServedModel
+
+    loaded, processor = load_model(model, dtype, revision)
+    processor.image_processor.at(**defaults)  # says now if that cannot be had
+    return ServedModel(_public_name(model), loaded, processor, defaults)
 
 
 def _is_local(host: str) -> bool:
@@ -116,14 +145,16 @@ def _public_name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
-def _greeting(host: str, port: int, model_id: str, needs_key: bool) -> str:
+def _greeting(host: str, port: int, model_ids: Sequence[str], needs_key: bool) -> str:
     """Where the server is and how to call it."""
     name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{port}/v1"
+    page = f"http://{name}:{port}/"
+    url = f"{page}v1"
     key = "KEY" if needs_key else "none"
     return (
-        f"{model_id} at {url}\n"
-        f'  python: openai.OpenAI(base_url="{url}", api_key="{key}").chat.completions.create(model="{model_id}", …)\n'
+        f"{', '.join(model_ids)} at {url}\n"
+        f"  page:   {page}\n"
+        f'  python: openai.OpenAI(base_url="{url}", api_key="{key}").chat.completions.create(model="{model_ids[0]}", …)\n'
         f"  shell:  curl {url}/models" + (' -H "Authorization: Bearer KEY"' if needs_key else "") + "\n"
         "Ctrl-C stops it."
     )

@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's form of an error, with its HTTP status."""
+"""What a client is told when a request fails, with its HTTP status: OpenAI's form of an error, and Anthropic's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Any
 from mlx_fastvlm.errors import ContextError, FastVLMError
 
 RETRY_SECONDS = 2  # what clients are asked to wait when there is no room
+MESSAGES_PATH = "/v1/messages"  # whose clients read Anthropic's form
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -30,6 +40,17 @@ class ApiError(Exception):
         return {
             "error": {"message": self.message, "type": _error_type(self.status), "param": self.param, "code": self.code}
         }
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error as Anthropic's clients read it."""
+        fallback = "invalid_request_error" if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, fallback)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The error as the clients of a route read it."""
+        return self.anthropic_body if path == MESSAGES_PATH else self.body
 
     @property
     def headers(self) -> Mapping[str, str]:

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's chat completions and models, health, and figures for Prometheus."""
+"""The routes: OpenAI's chat completions and models, Anthropic's messages, the page, health, figures for Prometheus."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -17,53 +18,104 @@ from starlette.middleware.cors import CORSMiddleware
 
 from mlx_fastvlm import __version__
 from mlx_fastvlm.answer import GenerationResponse
+from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
-from mlx_fastvlm.server.api_errors import ApiError, bad_request, internal
+from mlx_fastvlm.server import openapi
+from mlx_fastvlm.server.api_errors import MESSAGES_PATH, ApiError, bad_request, internal
+from mlx_fastvlm.server.asked import Asked
+from mlx_fastvlm.server.chat_reply import ChatReply, model_card
 from mlx_fastvlm.server.engine import Engine
+from mlx_fastvlm.server.fair_lock import FairLock
+from mlx_fastvlm.server.fair_workers import FairWorkers
 from mlx_fastvlm.server.guard import Guard
 from mlx_fastvlm.server.job import Job
 from mlx_fastvlm.server.limits import Limits
+from mlx_fastvlm.server.messages import MessagesReply, MessagesRequest, read_messages
 from mlx_fastvlm.server.metrics import CONTENT_TYPE, Metrics
+from mlx_fastvlm.server.page_files import INDEX, read_page
+from mlx_fastvlm.server.pictures import Pictures
 from mlx_fastvlm.server.reader import Reader
-from mlx_fastvlm.server.replies import AnswerStream, AsciiJSON, error_reply
-from mlx_fastvlm.server.schema import ChatRequest, Reply, model_card
+from mlx_fastvlm.server.replies import AnswerStream, AsciiJSON, Reply, error_reply
+from mlx_fastvlm.server.schema import ChatRequest, read_chat
+from mlx_fastvlm.server.token_logprobs import LogprobsForm
 
 T = TypeVar("T")
 
-_ERRORS = {  # what OpenAPI says of them
-    "4XX": {"description": "The request cannot be followed; error.message says why."},
-    "5XX": {"description": "The server cannot answer now."},
-}
+_TOKENIZED_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model behind a server.
+
+    Attributes:
+        model_id: what clients call it.
+        model, processor: from `load`; nobody else runs them meanwhile.
+        defaults: keywords of `GenerationOptions` for what a request leaves open.
+    """
+
+    model_id: str
+    model: FastVLM
+    processor: Processor
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """Where the requests for one model are read and answered."""
+
+    model_id: str
+    processor: Processor
+    reader: Reader
+    engine: Engine
+    card: Mapping[str, Any]
 
 
 def create_app(
-    model: FastVLM,
-    processor: Processor,
+    models: Sequence[ServedModel],
     *,
-    model_id: str,
     limits: Limits,
     api_key: str | None = None,
     local_only: bool = True,
     allow_remote_images: bool = False,
     cors_origins: Collection[str] = (),
 ) -> FastAPI:
-    """A server for one model, as an ASGI application. Its `state.engine` answers while the application runs.
+    """A server for one model or several, as an ASGI application.
+
+    Its `state.engines`, by model id, answer while it runs. Several models take turns: the machine runs one at a time.
 
     Args:
-        model, processor: from `load`; nobody else runs them meanwhile.
-        model_id: what clients call the model.
-        limits: how much is taken on.
+        models: the first is what the page begins with.
+        limits: how much is taken on, by each model.
         api_key, local_only: see `Guard`.
         allow_remote_images: whether http(s) URLs are fetched.
         cors_origins: whose web pages may call the server.
+
+    Raises:
+        OptionError: two models have the same name.
     """
     metrics = Metrics()
-    engine = Engine(model, processor, limits, metrics)
+    turn = FairLock() if len(models) > 1 else None
+    pictures = Pictures(limits, allow_remote_images)
+    words = FairWorkers(_TOKENIZED_AT_ONCE, "words")
+    desks: dict[str, _Desk] = {}
+    for served in models:
+        if served.model_id in desks:
+            raise OptionError(f"Two models are called {served.model_id}; clients could not tell them apart.")
+        desks[served.model_id] = _Desk(
+            served.model_id,
+            served.processor,
+            Reader(served.model, served.processor, served.defaults, limits, pictures, words),
+            Engine(served.model, served.processor, limits, metrics.of(served.model_id), turn=turn),
+            _card(served, limits),
+        )
     app = FastAPI(title="mlx-fastvlm", version=__version__, docs_url=None, redoc_url=None, lifespan=_answering)
-    app.state.engine = engine
-    _add_answers(app, engine, Reader(model, processor, limits, allow_remote_images), model_id, metrics)
-    _add_facts(app, engine, model_id, metrics)
+    app.state.workers = (pictures, words)
+    app.state.engines = {model_id: desk.engine for model_id, desk in desks.items()}
+    _add_answers(app, desks, metrics)
+    _add_facts(app, desks, metrics)
+    _add_page(app)
     _add_error_handlers(app, metrics)
     guard = {"api_key": api_key, "local_only": local_only, "origins": cors_origins}
     app.add_middleware(Guard, limits=limits, metrics=metrics, **guard)
@@ -76,62 +128,89 @@ def create_app(
 
 @asynccontextmanager
 async def _answering(app: FastAPI) -> AsyncIterator[None]:
-    app.state.engine.start()
+    for engine in app.state.engines.values():
+        engine.start()
     yield
-    await run_in_threadpool(app.state.engine.stop, 0)
+    for engine in app.state.engines.values():
+        await run_in_threadpool(engine.stop, 0)
+    for workers in app.state.workers:
+        workers.close()
 
 
-def _add_answers(app: FastAPI, engine: Engine, reader: Reader, model_id: str, metrics: Metrics) -> None:
-    @app.post("/v1/chat/completions", response_class=AsciiJSON, response_model=None, responses=_ERRORS)
+def _add_answers(app: FastAPI, desks: Mapping[str, _Desk], metrics: Metrics) -> None:
+    @app.post("/v1/chat/completions", response_class=AsciiJSON, response_model=None, responses=openapi.CHAT)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        clock = request.state.clock
-        clock.lap("receive")
-        _check_model(body.model, model_id)
-        question = await run_in_threadpool(reader.question, body, clock)
-        job, reply = engine.submit(_client(request, body), question, clock), Reply(model_id)
-        if not body.stream:
-            return await _whole_answer(request, job, reply)
-        # Until the first token it is an error with its own status that can be sent.
-        first = await _unless_left(request, job, job.next())
+        asked = read_chat(body)
+        desk = _desk_of(asked.model, desks)
+        texts = None
+        if body.logprobs:
+            texts = await _unless_left(request, desk.reader.token_texts(_client(request, asked)))
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return AnswerStream(job, first, reply, with_usage, metrics)
+        reply = ChatReply(desk.model_id, texts and LogprobsForm(texts), with_usage)
+        return await _answer(request, desk, asked, reply, metrics)
+
+    @app.post(MESSAGES_PATH, response_class=AsciiJSON, response_model=None, responses=openapi.MESSAGES)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        asked = read_messages(body)
+        desk = _desk_of(asked.model, desks)
+        processor, stops = desk.processor, body.stop_sequences or ()
+        reply = MessagesReply(desk.model_id, stops, processor.decode, processor.eos_token_ids)
+        return await _answer(request, desk, asked, reply, metrics)
 
 
-def _add_facts(app: FastAPI, engine: Engine, model_id: str, metrics: Metrics) -> None:
-    card = model_card(model_id, int(time.time()))
+def _add_facts(app: FastAPI, desks: Mapping[str, _Desk], metrics: Metrics) -> None:
+    @app.get("/v1/models", response_class=AsciiJSON, response_model=None, responses=openapi.MODELS)
+    async def models() -> Response:
+        return AsciiJSON({"object": "list", "data": [desk.card for desk in desks.values()]})
 
-    @app.get("/v1/models", response_class=AsciiJSON)
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    @app.get("/v1/models/{model:path}", response_class=AsciiJSON, response_model=None, responses=openapi.MODEL)
+    async def one_model(model: str) -> Response:
+        return AsciiJSON(_desk_of(model, desks).card)
 
-    @app.get("/v1/models/{model:path}", response_class=AsciiJSON, responses=_ERRORS)
-    async def one_model(model: str) -> dict[str, Any]:
-        _check_model(model, model_id)
-        return card
-
-    @app.get("/health", response_class=AsciiJSON, responses={"503": {"description": "No answers can be had."}})
+    @app.get("/health", response_class=AsciiJSON, response_model=None, responses=openapi.HEALTH)
     async def health() -> Response:
-        if engine.failure is not None:
-            return AsciiJSON({"status": "failed", "reason": engine.failure}, 503)
-        return AsciiJSON({"status": "ok", "model": model_id})
+        failures = [desk.engine.failure for desk in desks.values() if desk.engine.failure is not None]
+        if failures:
+            return AsciiJSON({"status": "failed", "reason": failures[0]}, 503)
+        return AsciiJSON({"status": "ok", "models": list(desks)})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, response_model=None, responses=openapi.METRICS)
     async def figures() -> Response:
         return Response(metrics.page(), media_type=CONTENT_TYPE)
+
+
+def _add_page(app: FastAPI) -> None:
+    files = read_page()
+
+    def answer(request: Request, name: str) -> Response:
+        file = files.get(name)
+        if file is None:
+            raise ApiError(404, "There is no such file.")
+        if file.is_known(request.headers.get("if-none-match")):
+            return Response(status_code=304, headers=dict(file.headers))
+        return Response(file.content, headers=dict(file.headers))
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return answer(request, INDEX)
+
+    @app.api_route("/page/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page_file(name: str, request: Request) -> Response:
+        return answer(request, name)
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
-        return error_reply(error, metrics)
+        return error_reply(error, request.url.path, metrics)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_reply(_malformed(error), metrics)
+        return error_reply(_malformed(error), request.url.path, metrics)
 
     @app.exception_handler(HTTPException)
     async def unroutable(request: Request, error: HTTPException) -> Response:
-        return error_reply(ApiError(error.status_code, str(error.detail)), metrics)
+        return error_reply(ApiError(error.status_code, str(error.detail)), request.url.path, metrics)
 
     @app.exception_handler(ClientLeft)
     async def left(request: Request, error: ClientLeft) -> Response:
@@ -139,25 +218,34 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
-        return error_reply(internal(), metrics)
+        return error_reply(internal(), request.url.path, metrics)
 
 
 class ClientLeft(Exception):
     """There is nobody to answer any more."""
 
 
-async def _whole_answer(request: Request, job: Job, reply: Reply) -> Response:
-    async def collect() -> tuple[str, GenerationResponse]:
-        text = ""
-        async for response in job.rest(await job.next()):
-            text += response.text
-        return text, response
+async def _answer(request: Request, desk: _Desk, asked: Asked, reply: Reply, metrics: Metrics) -> Response:
+    clock, client = request.state.clock, _client(request, asked)
+    clock.lap("receive")
+    question = await _unless_left(request, desk.reader.question(asked, client, clock))
+    job = desk.engine.submit(client, question, clock)
+    if not asked.stream:
+        return AsciiJSON(reply.whole(await _unless_left(request, _all_of(job), job)))
+    # Until the first token it is an error with its own status that can be sent.
+    first = await _unless_left(request, job.next(), job)
+    return AnswerStream(job, first, reply, metrics)
 
-    return AsciiJSON(reply.whole(*await _unless_left(request, job, collect())))
+
+async def _all_of(job: Job) -> list[GenerationResponse]:
+    return [response async for response in job.rest(await job.next())]
 
 
-async def _unless_left(request: Request, job: Job, work: Awaitable[T]) -> T:
-    """The result of `work`; if the client leaves first, or anything goes wrong, its job is cancelled. Raises ClientLeft."""
+async def _unless_left(request: Request, work: Awaitable[T], job: Job | None = None) -> T:
+    """The result of `work`; if the client leaves first, or anything goes wrong, it and the job are cancelled.
+
+    Raises ClientLeft.
+    """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_departure(request))
     is_done = False
     try:
@@ -170,7 +258,7 @@ async def _unless_left(request: Request, job: Job, work: Awaitable[T]) -> T:
     finally:
         for task in (working, leaving):
             task.cancel()
-        if not is_done:
+        if job is not None and not is_done:
             job.cancel()
 
 
@@ -180,34 +268,49 @@ async def _departure(request: Request) -> None:
         pass
 
 
-def _check_model(asked: str, model_id: str) -> None:
-    if asked != model_id:
-        raise ApiError(
-            404,
-            f"The model {asked[:100]!r} is not here; this server has {model_id!r}.",
-            code="model_not_found",
-            param="model",
-        )
+def _card(served: ServedModel, limits: Limits) -> dict[str, Any]:
+    """A model as GET /v1/models lists it, with what OpenAI's clients do not ask for but the page does."""
+    image_processor = served.processor.image_processor
+    resolutions = image_processor.resolutions
+    facts = {
+        "resolution": image_processor.image_size,
+        "default_resolution": served.defaults.get("resolution", image_processor.image_size),
+        "min_resolution": resolutions[0],
+        "max_resolution": resolutions[-1],
+        "resolution_step": resolutions.step,
+        "max_tokens": limits.max_tokens,
+        "max_images": limits.max_images,
+        "context_length": served.model.config.text_config.max_position_embeddings,
+    }
+    return model_card(served.model_id, int(time.time()), facts)
 
 
-def _client(request: Request, body: ChatRequest) -> str:
+def _desk_of(asked: str, desks: Mapping[str, _Desk]) -> _Desk:
+    if asked not in desks:
+        names = ", ".join(map(repr, desks))
+        message = f"The model {asked[:100]!r} is not here; this server has {names}."
+        raise ApiError(404, message, code="model_not_found", param="model")
+    return desks[asked]
+
+
+def _client(request: Request, asked: Asked) -> str:
     """Who takes turns with others: an address; programs on this machine, which have one in common, may name a user."""
     address = request.client.host if request.client else ""
     with suppress(ValueError):
-        if ipaddress.ip_address(address).is_loopback and body.user is not None:
-            return f"{address} {body.user}"
+        if ipaddress.ip_address(address).is_loopback and asked.user is not None:
+            return f"{address} {asked.user}"
     return address
 
 
 def _malformed(error: RequestValidationError) -> ApiError:
     """What is wrong with a body. Of alternatives each has its fault: the deepest, and not of a wrong type, is meant."""
     faults = [(_field(fault, error.body), fault) for fault in error.errors()]
-    field, fault = max(faults, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
+    place, fault = max(faults, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
     if fault["type"] == "json_invalid":
         return bad_request(f"The body is not valid JSON: {fault['ctx']['error']}.")
-    if not field:
+    if not place:
         return bad_request("The body is not a JSON object; send one, with Content-Type: application/json.")
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in field)[1:]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
     return bad_request(f"{param}: {fault['msg']}.", param)
 
 

@@ -1,7 +1,9 @@
 """The thread that answers: it alone runs the model, for many requests at once, and hands their tokens to asyncio.
 
-Requests wait in a fair queue. Between two steps of the running answers one new prompt is run through the decoder, less
-what earlier requests left of it. Knows nothing of HTTP but the errors that clients are told.
+Requests wait in a fair queue; those for an answer in a given form wait in another one first, until a second thread has
+compiled the form, which may take seconds (`constraint` bounds it). Between two steps of the running answers one new
+prompt is run through the decoder, less what earlier requests left of it. Knows nothing of HTTP but the errors that
+clients are told.
 """
 
 from __future__ import annotations
@@ -10,11 +12,17 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import mlx.core as mx
 
 from mlx_fastvlm.answer import GenerationResponse, StageClock
-from mlx_fastvlm.batch_generate import BatchGenerator
+from mlx_fastvlm.batch_generate import ENCODE_PIXELS, BatchGenerator
 from mlx_fastvlm.errors import FastVLMError
+from mlx_fastvlm.image_content import ImageContent
+from mlx_fastvlm.image_processing import ImageProcessor
+from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.reuse import Reuse
@@ -22,7 +30,8 @@ from mlx_fastvlm.server.api_errors import ApiError, from_library, internal, stop
 from mlx_fastvlm.server.fair_queue import FairQueue
 from mlx_fastvlm.server.job import Job, Question
 from mlx_fastvlm.server.limits import Limits
-from mlx_fastvlm.server.metrics import Metrics
+from mlx_fastvlm.server.metrics import ModelMetrics
+from mlx_fastvlm.token_draw import make_draw
 
 _FAILED_STEPS = 3  # in a row: then the model itself is at fault, not a request
 
@@ -30,25 +39,37 @@ _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers questions in a thread of its own, from `start` to `stop`.
+    """Answers questions in threads of its own, from `start` to `stop`.
 
     Args:
         model, processor: from `load`; nobody else runs them meanwhile.
         limits: how many at once, how many wait, how long.
         metrics: is told what happens.
+        turn: engines that share one run their models one at a time, step by step.
 
     Attributes:
         failure: why no answers can be had any more; None as long as they can.
     """
 
-    def __init__(self, model: FastVLM, processor: Processor, limits: Limits, metrics: Metrics):
+    def __init__(
+        self,
+        model: FastVLM,
+        processor: Processor,
+        limits: Limits,
+        metrics: ModelMetrics,
+        *,
+        turn: AbstractContextManager | None = None,
+    ):
         self.failure: str | None = None
         self._model, self._processor, self._limits, self._metrics = model, processor, limits, metrics
-        self._changed = threading.Condition()  # guards the queue and the two below
+        self._turn = nullcontext() if turn is None else turn
+        self._changed = threading.Condition()  # guards the queues and the two below
         self._queue: FairQueue[Job] = FairQueue(limits.max_queue)
+        self._formless: FairQueue[Job] = FairQueue(limits.max_queue)  # their answers' form is to be compiled first
         self._closed = False  # takes no more
         self._stop_at: float | None = None  # on the monotonic clock
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._form_thread = threading.Thread(target=self._compile_forms, name="forms", daemon=True)
         # The thread's own:
         self._running: dict[int, Job] = {}  # by ticket
         self._failed_steps = 0
@@ -56,6 +77,7 @@ class Engine:
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
+        self._form_thread.start()
 
     def submit(self, client: str, question: Question, clock: StageClock) -> Job:
         """Let a question wait for its answer. From asyncio's thread.
@@ -68,22 +90,16 @@ class Engine:
         Raises:
             ApiError: there is no room (429), or the engine stops (503) or has failed (500).
         """
-        job = Job(question, clock, time.monotonic() + self._limits.max_seconds)
-        with self._changed:
-            self._check_open()
-            turned_away = self._queue.put(client, job)
-            self._changed.notify()
-        if turned_away is job:
-            raise _no_room(self._limits)
-        if turned_away is not None:
-            self._fail(turned_away, _no_room(self._limits))
+        job = Job(client, question, clock, time.monotonic() + self._limits.max_seconds)
+        self._put(job, self._formless if question.options.is_constrained else self._queue)
         return job
 
     def close(self) -> None:
         """Take no more questions, and send those away that wait; running answers go on."""
         with self._changed:
             self._closed = True
-            waiting = self._queue.remove_if(lambda job: True)
+            self._changed.notify_all()
+            waiting = [job for queue in self._queues for job in queue.remove_if(lambda job: True)]
         for job in waiting:
             self._fail(job, stopping())
 
@@ -92,8 +108,45 @@ class Engine:
         self.close()
         with self._changed:
             self._stop_at = time.monotonic() + grace_seconds
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
+
+    @property
+    def _queues(self) -> tuple[FairQueue[Job], FairQueue[Job]]:
+        return self._formless, self._queue
+
+    def _put(self, job: Job, queue: FairQueue[Job]) -> None:
+        """Let a job wait, in place of another's if need be. Raises ApiError if it cannot."""
+        with self._changed:
+            self._check_open()
+            turned_away = queue.put(job.client, job)
+            self._changed.notify_all()
+        if turned_away is job:
+            raise _no_room(self._limits)
+        if turned_away is not None:
+            self._fail(turned_away, _no_room(self._limits))
+
+    def _compile_forms(self) -> None:
+        """The second thread: moves jobs from one queue to the other."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._formless or self._closed)
+                if self._closed:
+                    return
+                job = self._formless.take()
+            if job.cancelled:
+                self._metrics.unanswered("cancelled")
+                continue
+            try:
+                job.draw = make_draw(self._processor, job.question.options)
+                self._put(job, self._queue)
+            except ApiError as error:
+                self._fail(job, error)
+            except FastVLMError as error:
+                self._fail(job, from_library(error))
+            except Exception:
+                _log.exception("A form could not be compiled.")
+                self._fail(job, internal())
 
     def _check_open(self) -> None:
         if self.failure is not None:
@@ -104,13 +157,17 @@ class Engine:
     def _run(self) -> None:
         last_words = stopping
         try:
-            self._reuse = Reuse(self._model, self._processor)
-            self._generator = self._new_generator()
+            with self._turn:
+                self._load_loops()
+                self._reuse = Reuse(self._model, self._processor)
+                self._generator = self._new_generator()
             while self._wait_for_work():
-                self._drop_unwanted()
-                self._begin_next()
-                self._step()
-                self._metrics.load(len(self._queue), len(self._running))
+                with self._turn:
+                    self._drop_unwanted()
+                    if self._begin_next():
+                        self._step()  # its first token is out before the others go on
+                    self._step()
+                self._metrics.load(sum(map(len, self._queues)), len(self._running))
         except BaseException:
             _log.exception("The engine has failed.")
             self.failure = "The model has failed; the server's log says why. Restart the server."
@@ -118,6 +175,11 @@ class Engine:
         finally:
             self.close()
             self._fail_running(last_words)
+
+    def _load_loops(self) -> None:
+        """What a small model on a CPU does without in a short process; for many answers it is well worth half a second."""
+        if mx.default_device().type == mx.DeviceType.cpu:
+            cpu.warm_up(quantized=self._model.config.quantization is not None)
 
     def _new_generator(self) -> BatchGenerator:
         return BatchGenerator(self._model, self._processor, max_rows=self._limits.max_batch)
@@ -134,7 +196,9 @@ class Engine:
     def _drop_unwanted(self) -> None:
         """Make room where nobody waits any more, or for too long."""
         with self._changed:
-            unwanted = self._queue.remove_if(lambda job: job.cancelled or job.is_late)
+            unwanted = [
+                job for queue in self._queues for job in queue.remove_if(lambda job: job.cancelled or job.is_late)
+            ]
         for job in unwanted:
             self._fail(job, _too_late(self._limits))
         for ticket, job in list(self._running.items()):
@@ -152,24 +216,59 @@ class Engine:
         if job.last is None:
             self._fail(job, _too_late(self._limits))
         else:
-            self._deliver(job, dataclasses.replace(job.last, text="", finish_reason="length"))
+            self._deliver(job, dataclasses.replace(job.last, text="", logprobs=None, finish_reason="length"))
 
-    def _begin_next(self) -> None:
-        """Run one waiting prompt through the decoder, if there is a place for its answer."""
+    def _begin_next(self) -> bool:
+        """Run one waiting prompt through the decoder, if there is a place for its answer. Whether one will be answered."""
         if len(self._running) >= self._limits.max_batch:
-            return
+            return False
         with self._changed:
             if not self._queue:
-                return
+                return False
             job = self._queue.take()
+            others = self._queue.upcoming(self._limits.max_batch - len(self._running) - 1)
         job.clock.lap("wait")
         try:
+            self._encode_together(job, others)
             self._running[self._prefill(job)] = job
+            return True
         except FastVLMError as error:
             self._fail(job, from_library(error))
         except Exception:  # one request's trouble is not the others'
             _log.exception("A prompt could not be prefilled.")
             self._fail(job, internal())
+        return False
+
+    def _encode_together(self, job: Job, others: Sequence[Job]) -> None:
+        """Encode a job's image along with those of the jobs that come next, where several small ones take less time so.
+
+        What is left out here, or fails, is encoded with its own prompt.
+        """
+        group = [(job, *image) for job in (job, *others) for image in self._new_images(job)]
+        if not group or group[0][0] is not job:
+            return
+        width, height = size = group[0][1].size
+        group = [each for each in group if each[1].size == size][: ENCODE_PIXELS // (width * height)]
+        images = list(dict.fromkeys((image, processor) for _, image, processor in group))  # one may be shown twice
+        if len(images) < 2:
+            return
+        jobs = {id(each): each for each, *_ in group}.values()
+        for each in jobs:
+            each.clock.lap("wait")
+        try:
+            self._reuse.features.encode_together(images)
+        except FastVLMError:
+            return  # the prompt it belongs to will fail alone
+        for each in jobs:
+            each.clock.lap("encode")
+
+    def _new_images(self, job: Job) -> list[tuple[ImageContent, ImageProcessor]]:
+        """A question's images that are to be encoded, with how they are prepared, as far as that is known."""
+        options, features = job.question.options, self._reuse.features
+        processor = self._processor.images_at(options.resolution, options.fit)
+        if processor.auto is not None:
+            return []
+        return [(image, processor) for image in job.question.images if not features.has(image, processor)]
 
     def _prefill(self, job: Job) -> int:
         """The ticket of an answer that begins with the next step."""
@@ -178,10 +277,10 @@ class Engine:
             pass  # what was computed is kept at once, for requests that come while this one is answered
         job.positions = prompt.positions
         self._metrics.kept(self._reuse.features.nbytes, self._reuse.prefixes.nbytes)
-        return self._generator.add_prefilled(prompt, options=question.options, clock=job.clock)
+        return self._generator.add_prefilled(prompt, options=question.options, clock=job.clock, draw=job.draw)
 
     def _step(self) -> None:
-        """One token for every answer; with none left, what they took is freed."""
+        """The first token of an answer that begins, or one for every answer; with none left, what they took is freed."""
         try:
             events = self._generator.step()
             self._failed_steps = 0

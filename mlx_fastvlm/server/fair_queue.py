@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -46,6 +47,12 @@ class FairQueue(Generic[Item]):
         if items:
             self._by_client[client] = items
         return item
+
+    def upcoming(self, count: int) -> list[Item]:
+        """The next so many items, in the order in which they will be taken."""
+        rounds = itertools.zip_longest(*self._by_client.values())
+        in_order = (item for items in rounds for item in items if item is not None)
+        return list(itertools.islice(in_order, count))
 
     def remove_if(self, unwanted: Callable[[Item], bool]) -> list[Item]:
         """Take out the items that are not wanted any more, and return them."""

@@ -7,8 +7,11 @@ checked, and where a page that calls it comes from.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -23,8 +26,12 @@ from mlx_fastvlm.server.replies import error_reply
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
-_OPEN_PATHS = ("/health",)  # need no key
-_DISCARDED = 4  # times the limit: so much of too large a body is read, so that its sender comes to read the reply
+_HEALTH = "/health"
+_OPEN_PATHS = ("/", _HEALTH)  # need no key
+_OPEN_FOLDER = "/page/"  # nor do the page's files; what the page asks for does
+# So much of too large a body is read, so that its sender comes to read the reply: times the limit, and for how long.
+_DISCARDED = 4
+_DISCARD_SECONDS = 10
 
 
 class Guard:
@@ -62,9 +69,9 @@ class Guard:
         try:
             self._check(Headers(scope=scope), scope["path"])
             await self._check_announced_size(Headers(scope=scope), receive)
-            await self._app(scope, _bounded(receive, self._limits.max_request_bytes), send)
+            await self._app(scope, _bounded(receive, self._limits), send)
         except ApiError as error:
-            await error_reply(error, self._metrics)(scope, receive, send)
+            await error_reply(error, scope["path"], self._metrics)(scope, receive, send)
         finally:
             self._open_requests -= 1
 
@@ -77,20 +84,23 @@ class Guard:
             raise ApiError(
                 403, "Web pages from there may not call this server; see --cors-origin.", code="unknown_origin"
             )
-        if self._api_key is not None and path not in _OPEN_PATHS and not self._has_key(headers):
+        is_open = path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+        if self._api_key is not None and not is_open and not self._has_key(headers):
             raise ApiError(
                 401, "The API key is missing or wrong; send it as: Authorization: Bearer KEY", code="invalid_api_key"
             )
-        if self._open_requests > self._limits.max_open_requests and path not in _OPEN_PATHS:
+        if self._open_requests > self._limits.max_open_requests and path != _HEALTH:
             raise ApiError(503, "Too many requests are open; try later.", code="overloaded")
 
     def _is_welcome(self, origin: str, host: str) -> bool:
         return "*" in self._origins or origin in self._origins or origin.partition("://")[2] == host
 
     def _has_key(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        keys = [bearer] if scheme.lower() == "bearer" else []
+        keys += headers.getlist("x-api-key")  # Anthropic's clients
         # In bytes: compare_digest takes no other text than ASCII.
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._api_key.encode())
+        return any(hmac.compare_digest(key.strip().encode(), self._api_key.encode()) for key in keys)
 
     async def _check_announced_size(self, headers: Headers, receive: Receive) -> None:
         announced = headers.get("content-length", "")
@@ -100,30 +110,43 @@ class Guard:
             raise ApiError(413, _too_large(limit), code="request_too_large")
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
-    """`receive` until a body is longer than `limit` bytes."""
-    size = 0
+def _bounded(receive: Receive, limits: Limits) -> Receive:
+    """`receive` until a body is longer than it may be, or takes longer."""
+    size, is_complete = 0, False
+    deadline = time.monotonic() + limits.max_seconds
 
     async def receive_bounded() -> Message:
-        nonlocal size
-        message = await receive()
+        nonlocal size, is_complete
+        if is_complete:  # what is left to receive is that the client leaves
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            # FastAPI passes no other exception on while it reads a body.
+            raise HTTPException(408, f"The request is not complete after {limits.max_seconds:g} s.") from None
+        is_complete = not message.get("more_body", False)
         size += len(message.get("body", b""))
-        if size > limit:
-            if message.get("more_body"):
-                await _discard(receive, _DISCARDED * limit)
-            raise HTTPException(413, _too_large(limit))  # FastAPI passes no other exception on while it reads a body
+        if size > limits.max_request_bytes:
+            if not is_complete:
+                await _discard(receive, _DISCARDED * limits.max_request_bytes)
+            raise HTTPException(413, _too_large(limits.max_request_bytes))
         return message
 
     return receive_bounded
 
 
 async def _discard(receive: Receive, limit: int) -> None:
-    """Read the rest of a body, or so many bytes of it."""
-    size, more = 0, True
-    while more and size < limit:
-        message = await receive()
-        size += len(message.get("body", b""))
-        more = message.get("more_body", False)
+    """Read the rest of a body, or so many bytes of it, for a while."""
+
+    async def read() -> None:
+        size, more = 0, True
+        while more and size < limit:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), _DISCARD_SECONDS)
 
 
 def _too_large(limit: int) -> str:

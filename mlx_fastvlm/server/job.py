@@ -13,6 +13,7 @@ from mlx_fastvlm.image_content import ImageContent
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.prefix_cache import Position
 from mlx_fastvlm.server.api_errors import ApiError
+from mlx_fastvlm.token_draw import TokenDraw
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,18 @@ class Job:
     """A question and its answer. Made and read in asyncio's thread; the engine's thread puts the answer in.
 
     Args:
+        client: who asks.
         question: what is asked.
         clock: has run since the request came.
         deadline: on the monotonic clock, when the answer ends in any case.
     """
 
+    client: str
     question: Question
     clock: StageClock
     deadline: float
     cancelled: bool = False  # nobody waits for it any more
+    draw: TokenDraw | None = None  # of an answer in a given form; the engine's
     positions: list[Position] = field(default_factory=list)  # what the decoder saw and drew; the engine's
     last: GenerationResponse | None = None  # the latest; the engine's
 

@@ -9,14 +9,14 @@ from mlx_fastvlm.errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds that keep one client, or many, from exhausting the machine. The pixels of an image are bounded by
-    `image_processing`.
+    """Bounds that keep one client, or many, from exhausting the machine.
 
     Attributes:
         max_batch: answers decoded together.
         max_queue: requests that wait for a place.
         max_request_mb: a request's body, in MiB.
         max_images: images of one request.
+        max_image_mp: pixels of one image, in millions; `image_processing` has a limit of its own.
         max_tokens: longest answer, and the length of one whose request names none.
         max_seconds: from a request's arrival to the end of its answer.
         grace_seconds: that answers may still take when the server stops.
@@ -31,6 +31,7 @@ class Limits:
     max_queue: int = 64
     max_request_mb: float = 20
     max_images: int = 8
+    max_image_mp: float = 50
     max_tokens: int = 1024
     max_seconds: float = 300
     grace_seconds: float = 5

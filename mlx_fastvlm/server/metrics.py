@@ -1,6 +1,10 @@
-"""How a server is doing, in Prometheus' text format."""
+"""How a server is doing, in Prometheus' text format, by model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -9,9 +13,27 @@ from mlx_fastvlm.answer import GenerationResponse
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
+_PREFIX = "mlx_fastvlm_"
+
 _TTFT_SECONDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
 _ANSWER_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _TOKENS = tuple(2**power for power in range(0, 14))
+
+_BY_MODEL = {  # name → kind, description
+    "prompt_tokens": (Counter, "Prompt tokens, image rows included."),
+    "cached_prompt_tokens": (Counter, "Prompt tokens known from earlier requests."),
+    "generated_tokens": (Counter, "Tokens of answers."),
+    "image_requests": (Counter, "Answered requests with images."),
+    "encoded_requests": (Counter, "Answered requests for which the image encoder had to run."),
+    "ttft_seconds": (partial(Histogram, buckets=_TTFT_SECONDS), "From a request's arrival to its first token."),
+    "answer_seconds": (partial(Histogram, buckets=_ANSWER_SECONDS), "From a request's arrival to its last token."),
+    "prompt_length_tokens": (partial(Histogram, buckets=_TOKENS), "Tokens of a prompt."),
+    "answer_length_tokens": (partial(Histogram, buckets=_TOKENS), "Tokens of an answer."),
+    "requests_waiting": (Gauge, "Requests without a place yet."),
+    "requests_running": (Gauge, "Answers being decoded."),
+    "kept_image_bytes": (Gauge, "Bytes of image rows kept for later requests."),
+    "kept_prefix_bytes": (Gauge, "Bytes of keys and values kept for later requests."),
+}
 
 
 class Metrics:
@@ -19,66 +41,66 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("requests", "Requests by how they ended.", ["outcome"])
-        self._errors = self._counter("http_errors", "Requests that got an error, by its status.", ["status"])
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, image rows included.")
-        self._cached_tokens = self._counter("cached_prompt_tokens", "Prompt tokens known from earlier requests.")
-        self._generated_tokens = self._counter("generated_tokens", "Tokens of answers.")
-        self._with_images = self._counter("image_requests", "Answered requests with images.")
-        self._encoded = self._counter("encoded_requests", "Answered requests for which the image encoder had to run.")
-        self._ttft = self._histogram("ttft_seconds", "From a request's arrival to its first token.", _TTFT_SECONDS)
-        self._seconds = self._histogram(
-            "answer_seconds", "From a request's arrival to its last token.", _ANSWER_SECONDS
+        self._errors = Counter(
+            f"{_PREFIX}http_errors", "Requests that got an error, by its status.", ["status"], registry=self._registry
         )
-        self._prompt_lengths = self._histogram("prompt_length_tokens", "Tokens of a prompt.", _TOKENS)
-        self._answer_lengths = self._histogram("answer_length_tokens", "Tokens of an answer.", _TOKENS)
-        self._waiting = self._gauge("requests_waiting", "Requests without a place yet.")
-        self._running = self._gauge("requests_running", "Answers being decoded.")
-        self._kept_rows = self._gauge("kept_image_bytes", "Bytes of image rows kept for later requests.")
-        self._kept_prefixes = self._gauge("kept_prefix_bytes", "Bytes of keys and values kept for later requests.")
-        self._gauge("memory_bytes", "Bytes that MLX's arrays take now.").set_function(mx.get_active_memory)
-        self._gauge("memory_peak_bytes", "The most bytes they took.").set_function(mx.get_peak_memory)
+        self._requests = Counter(
+            f"{_PREFIX}requests", "Requests by how they ended.", ["model", "outcome"], registry=self._registry
+        )
+        self._by_model = {
+            name: kind(_PREFIX + name, description, ["model"], registry=self._registry)
+            for name, (kind, description) in _BY_MODEL.items()
+        }
+        self._memory("memory_bytes", "Bytes that MLX's arrays take now.", mx.get_active_memory)
+        self._memory("memory_peak_bytes", "The most bytes they took.", mx.get_peak_memory)
 
-    def answered(self, response: GenerationResponse, seconds: float, has_images: bool) -> None:
-        """An answer ended with this response, so many seconds after its request had come."""
-        self._requests.labels(response.finish_reason).inc()
-        self._prompt_tokens.inc(response.prompt_tokens)
-        self._cached_tokens.inc(response.cached_tokens)
-        self._generated_tokens.inc(response.generation_tokens)
-        self._with_images.inc(has_images)
-        self._encoded.inc("encode" in response.timings)
-        self._ttft.observe(response.ttft)
-        self._seconds.observe(seconds)
-        self._prompt_lengths.observe(response.prompt_tokens)
-        self._answer_lengths.observe(response.generation_tokens)
-
-    def unanswered(self, outcome: str) -> None:
-        """A request ended without (all of) its answer: "cancelled" by its client, "refused" or "failed"."""
-        self._requests.labels(outcome).inc()
+    def of(self, model_id: str) -> ModelMetrics:
+        """The figures of one of its models."""
+        figures = {name: family.labels(model_id) for name, family in self._by_model.items()}
+        return ModelMetrics(figures, lambda outcome: self._requests.labels(model_id, outcome))
 
     def error(self, status: int) -> None:
         """A client was told of an error."""
         self._errors.labels(str(status)).inc()
 
-    def load(self, waiting: int, running: int) -> None:
-        """So many requests are there now."""
-        self._waiting.set(waiting)
-        self._running.set(running)
-
-    def kept(self, row_bytes: int, prefix_bytes: int) -> None:
-        """So much is kept for later requests now."""
-        self._kept_rows.set(row_bytes)
-        self._kept_prefixes.set(prefix_bytes)
-
     def page(self) -> bytes:
         """All figures, of type `CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, description: str, labels: list[str] | None = None) -> Counter:
-        return Counter(f"mlx_fastvlm_{name}", description, labels or (), registry=self._registry)
+    def _memory(self, name: str, description: str, read: Callable[[], int]) -> None:
+        Gauge(f"{_PREFIX}{name}", description, registry=self._registry).set_function(read)
 
-    def _gauge(self, name: str, description: str) -> Gauge:
-        return Gauge(f"mlx_fastvlm_{name}", description, registry=self._registry)
 
-    def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"mlx_fastvlm_{name}", description, buckets=buckets, registry=self._registry)
+class ModelMetrics:
+    """The figures of one model of a server; from `Metrics.of`. Every method may be called from any thread."""
+
+    def __init__(self, figures: Mapping[str, Any], requests: Callable[[str], Counter]):
+        self._figures, self._requests = figures, requests
+
+    def answered(self, response: GenerationResponse, seconds: float, has_images: bool) -> None:
+        """An answer ended with this response, so many seconds after its request had come."""
+        self._requests(response.finish_reason).inc()
+        figures = self._figures
+        figures["prompt_tokens"].inc(response.prompt_tokens)
+        figures["cached_prompt_tokens"].inc(response.cached_tokens)
+        figures["generated_tokens"].inc(response.generation_tokens)
+        figures["image_requests"].inc(has_images)
+        figures["encoded_requests"].inc("encode" in response.timings)
+        figures["ttft_seconds"].observe(response.ttft)
+        figures["answer_seconds"].observe(seconds)
+        figures["prompt_length_tokens"].observe(response.prompt_tokens)
+        figures["answer_length_tokens"].observe(response.generation_tokens)
+
+    def unanswered(self, outcome: str) -> None:
+        """A request ended without (all of) its answer: "cancelled" by its client, "refused" or "failed"."""
+        self._requests(outcome).inc()
+
+    def load(self, waiting: int, running: int) -> None:
+        """So many requests are there now."""
+        self._figures["requests_waiting"].set(waiting)
+        self._figures["requests_running"].set(running)
+
+    def kept(self, row_bytes: int, prefix_bytes: int) -> None:
+        """So much is kept for later requests now."""
+        self._figures["kept_image_bytes"].set(row_bytes)
+        self._figures["kept_prefix_bytes"].set(prefix_bytes)

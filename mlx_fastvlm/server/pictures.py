@@ -1,49 +1,63 @@
-"""A client's images: from the URLs of a request to squares of the model's size, known by their content.
+"""A client's images: from the URLs of a request to pictures of the model's size, known by their content.
 
-Large pictures are decoded and shrunk here, away from the engine's thread and few at a time; small squares go on. A
-picture that was shown lately is not even decoded again.
+Large pictures are decoded and shrunk here, away from the engine's thread and few at a time, clients in turn; small ones
+go on. A picture that was shown lately is not even decoded again.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
+from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
 from mlx_fastvlm.image_processing import ImageProcessor, open_image
 from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.server.api_errors import bad_request, from_library
+from mlx_fastvlm.server.asked import ImageField
+from mlx_fastvlm.server.fair_workers import FairWorkers
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.remote_images import fetch_image
-from mlx_fastvlm.server.schema import ImageField
 
 _KEPT_BYTES = 2**26  # 21 squares of 1024 pixels
-_DECODED_AT_ONCE = 2  # each may take 0.8 GB for a moment
+_DECODED_AT_ONCE = 2  # each may take four bytes a pixel for a moment, and as much again
+_FETCHED_AT_ONCE = 8  # each mostly waits
+_PNG_BEGINNING = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and then its size
+_PNG_SIZE = struct.Struct(">II")
 
 
 class Pictures:
-    """Reads images for one model. Its methods may be called from several threads.
+    """Reads images for all models of a server. Used from one event loop.
 
     Args:
-        image_processor: of the model.
         limits: how many images, how large.
         allow_remote: whether http(s) URLs are fetched.
     """
 
-    def __init__(self, image_processor: ImageProcessor, limits: Limits, allow_remote: bool):
-        self._image_processor, self._limits, self._allow_remote = image_processor, limits, allow_remote
-        self._decoding = threading.Semaphore(_DECODED_AT_ONCE)
+    def __init__(self, limits: Limits, allow_remote: bool):
+        self._limits, self._allow_remote = limits, allow_remote
+        self._decoders = FairWorkers(_DECODED_AT_ONCE, "decode")
+        self._fetchers = FairWorkers(_FETCHED_AT_ONCE, "fetch")
         self._lock = threading.Lock()
-        self._squares: OrderedDict[str, ImageContent] = OrderedDict()  # least recently used first
+        self._kept: OrderedDict[tuple[str, ImageProcessor], ImageContent] = OrderedDict()  # least recently used first
         self._bytes = 0
 
-    def read(self, images: Sequence[ImageField]) -> list[ImageContent]:
+    async def read(
+        self, images: Sequence[ImageField], image_processor: ImageProcessor, client: str, clock: StageClock
+    ) -> list[ImageContent]:
         """The images of a request.
+
+        Args:
+            images: where they are.
+            image_processor: gives them their size.
+            client: whose turn it takes, for each image one.
+            clock: fetch, wait and decode are booked on it.
 
         Raises:
             ApiError: there are too many, a URL is not allowed or does not lead to an image, or one cannot be decoded.
@@ -52,49 +66,85 @@ class Pictures:
             raise bad_request(
                 f"The request has {len(images)} images; at most {self._limits.max_images} are taken.", "messages"
             )
-        return [self._read(image) for image in images]
+        return [await self._read(image, image_processor, client, clock) for image in images]
 
-    def _read(self, image: ImageField) -> ImageContent:
+    def close(self) -> None:
+        """Read no more."""
+        self._decoders.close()
+        self._fetchers.close()
+
+    async def _read(
+        self, image: ImageField, image_processor: ImageProcessor, client: str, clock: StageClock
+    ) -> ImageContent:
         try:
-            data = self._file(image)
-            # A document is drawn, not known by its bytes: that is work too.
-            with self._decoding:
-                return self._square(recognize(data, self._image_processor.background, "The image"))
+            source = await self._source(image, client, clock)
+            return await self._decoders.run(client, self._decoded, source, image_processor, clock)
         except ImageError as error:
             raise from_library(error, image.param) from None
 
-    def _file(self, image: ImageField) -> bytes:
+    async def _source(self, image: ImageField, client: str, clock: StageClock) -> str | bytes:
+        """A data: URL itself, or what another leads to."""
         if image.url[:5].lower() == "data:":
-            return read_image_bytes(image.url)
+            return image.url
         if not re.match(r"https?://", image.url, re.IGNORECASE):
             raise bad_request("An image's URL begins with data: or https:; files are not read.", image.param)
         if not self._allow_remote:
             raise bad_request(
                 "This server fetches no images: send a data: URL, or start it with --allow-remote-images.", image.param
             )
-        return fetch_image(image.url, self._limits.remote_image_mb, self._limits.remote_image_seconds)
+        limits = self._limits
+        file = await self._fetchers.run(
+            client, fetch_image, image.url, limits.remote_image_mb, limits.remote_image_seconds
+        )
+        clock.lap("fetch")
+        return file
 
-    def _square(self, content: ImageContent) -> ImageContent:
+    def _decoded(self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock) -> ImageContent:
         """The image in the model's size, under the digest of the file it came from."""
+        clock.lap("wait")
+        content = recognize(read_image_bytes(source), image_processor.background, "The image")
+        small = self._known(content, image_processor) or self._shrunk(content, image_processor)
+        clock.lap("decode")
+        return small
+
+    def _known(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent | None:
         with self._lock:
-            known = self._squares.get(content.digest)
+            known = self._kept.get((content.digest, image_processor))
             if known is not None:
-                self._squares.move_to_end(content.digest)
-                return known
-        picture = open_image(content.open(), background=self._image_processor.background)
-        square = ImageContent(content.digest, _to_bytes(self._image_processor, picture), content.name)
+                self._kept.move_to_end((content.digest, image_processor))
+            return known
+
+    def _shrunk(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent:
+        self._check_size(content)
+        picture = open_image(content.open(), background=image_processor.background)
+        small = ImageContent(content.digest, _to_bytes(image_processor, picture), content.name)
         with self._lock:
-            if content.digest not in self._squares:
-                self._squares[content.digest] = square
-                self._bytes += square.source.nbytes
+            if self._kept.setdefault((content.digest, image_processor), small) is small:
+                self._bytes += small.source.nbytes
             while self._bytes > _KEPT_BYTES:
-                _, oldest = self._squares.popitem(last=False)
+                _, oldest = self._kept.popitem(last=False)
                 self._bytes -= oldest.source.nbytes
-        return square
+        return small
+
+    def _check_size(self, content: ImageContent) -> None:
+        width, height = _size(content)
+        if width * height > self._limits.max_image_mp * 1e6:
+            raise ImageError(
+                f"The image is {width}x{height} pixels; this server takes {self._limits.max_image_mp:g} megapixels: "
+                "make it smaller."
+            )
+
+
+def _size(content: ImageContent) -> tuple[int, int]:
+    """Width and height, or the other way round, without decoding it."""
+    # Pillow would decode a PNG with metadata, such as a screenshot, to see which side is up.
+    if content.is_file and content.source.startswith(_PNG_BEGINNING):
+        return _PNG_SIZE.unpack_from(content.source.ljust(24, b"\0"), 16)
+    return content.size
 
 
 def _to_bytes(image_processor: ImageProcessor, picture: object) -> np.ndarray:
-    """(R, R, 3) uint8: a picture as `ImageProcessor` fits it into its square, from which it makes the same pixel values."""
+    """(H, W, 3) uint8: a picture as `ImageProcessor` fits it, from which it makes the same pixel values."""
     pixels = image_processor.to_array(picture)
     scaled = (pixels * np.float32(image_processor.image_std) + np.float32(image_processor.image_mean)) * 255
     return np.rint(scaled).astype(np.uint8)

@@ -2,58 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import FastVLMError
 from mlx_fastvlm.generate import check_context, count_positions
+from mlx_fastvlm.image_content import ImageContent
+from mlx_fastvlm.image_features import image_rows
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.model import FastVLM
+from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.server.api_errors import bad_request, from_library
+from mlx_fastvlm.server.asked import Asked
+from mlx_fastvlm.server.fair_workers import FairWorkers
 from mlx_fastvlm.server.job import Question
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.pictures import Pictures
-from mlx_fastvlm.server.schema import ChatRequest, asked_tokens, check_supported, conversation, generation_options
+from mlx_fastvlm.server.token_logprobs import TokenTexts
 
 
 class Reader:
-    """Reads requests for one model, which it asks for sizes only. May be called from several threads.
+    """Reads requests for one model, which it asks for sizes only. Used from one event loop.
 
     Args:
         model, processor: that the requests are for.
+        defaults: options for what a request leaves open.
         limits: of a request.
-        allow_remote_images: whether http(s) URLs are fetched.
+        pictures: reads images.
+        words: threads that tokenize.
     """
 
-    def __init__(self, model: FastVLM, processor: Processor, limits: Limits, allow_remote_images: bool):
-        self._model, self._processor, self._limits = model, processor, limits
-        self._pictures = Pictures(processor.image_processor, limits, allow_remote_images)
+    def __init__(
+        self,
+        model: FastVLM,
+        processor: Processor,
+        defaults: Mapping[str, Any],
+        limits: Limits,
+        pictures: Pictures,
+        words: FairWorkers,
+    ):
+        self._model, self._processor, self._defaults, self._limits = model, processor, defaults, limits
+        self._pictures, self._words = pictures, words
 
-    def question(self, request: ChatRequest, clock: StageClock) -> Question:
-        """Tokenize the words and read the images; the stages are booked on `clock`. Raises ApiError."""
-        check_supported(request)
-        asked = self._asked_tokens(request)
-        generation_options(request, max_tokens=1)  # what is wrong there is said before any work
-        messages, image_fields = conversation(request)
-        images = self._pictures.read(image_fields)
-        clock.lap("decode")
+    async def question(self, asked: Asked, client: str, clock: StageClock) -> Question:
+        """Read the images and tokenize the words; the stages are booked on `clock`. Raises ApiError."""
+        self._check_length(asked)
+        options = self._options(asked, max_tokens=1)  # what is wrong there is said before any work
+        image_processor = self._image_processor(options)
+        images = await self._pictures.read(asked.images, image_processor, client, clock)
+        return await self._words.run(client, self._tokenized, asked, images, image_processor, clock)
+
+    async def token_texts(self, client: str) -> TokenTexts:
+        """How the model's tokens are written. Raises ApiError if they cannot be."""
         try:
-            input_ids = self._processor.tokenize(messages, len(images))
+            return await self._words.run(client, TokenTexts, self._processor)
+        except FastVLMError as error:
+            raise from_library(error, "logprobs") from None
+
+    def _tokenized(
+        self, asked: Asked, images: Sequence[ImageContent], image_processor: ImageProcessor, clock: StageClock
+    ) -> Question:
+        clock.lap("wait")
+        try:
+            input_ids = self._processor.tokenize(asked.messages, len(images))
             clock.lap("tokenize")
-            prompt_tokens = count_positions(self._model, self._processor, input_ids, len(images))
-            max_tokens = asked or max(1, min(self._limits.max_tokens, self._context - prompt_tokens))
+            prompt_tokens = count_positions(input_ids, [image_rows(image, image_processor) for image in images])
+            max_tokens = asked.max_tokens or max(1, min(self._limits.max_tokens, self._context - prompt_tokens))
             check_context(self._model, prompt_tokens, max_tokens)
         except FastVLMError as error:
             raise from_library(error, "messages") from None
-        return Question(input_ids, images, generation_options(request, max_tokens))
+        return Question(input_ids, images, self._options(asked, max_tokens))
+
+    def _options(self, asked: Asked, max_tokens: int) -> GenerationOptions:
+        """How the answer is made; what is left open is as in the library, so without a temperature it is greedy."""
+        options = {**self._defaults, **asked.options, "max_tokens": max_tokens}
+        if asked.low_detail and self._low_resolution is not None:
+            options.setdefault("resolution", self._low_resolution)
+        try:
+            return GenerationOptions(**options)
+        except FastVLMError as error:
+            raise from_library(error) from None
+
+    def _image_processor(self, options: GenerationOptions) -> ImageProcessor:
+        try:
+            return self._processor.image_processor.at(options.resolution, options.fit)
+        except FastVLMError as error:
+            raise from_library(error, "resolution") from None
+
+    @property
+    def _low_resolution(self) -> int | None:
+        """Half the model's own, a quarter of the positions; None if that cannot be had."""
+        own = self._processor.image_processor
+        half = own.image_size // 2
+        return half if half in own.resolutions else None
 
     @property
     def _context(self) -> int:
         return self._model.config.text_config.max_position_embeddings
 
-    def _asked_tokens(self, request: ChatRequest) -> int | None:
-        asked = asked_tokens(request)
-        if asked is not None and asked > self._limits.max_tokens:
+    def _check_length(self, asked: Asked) -> None:
+        if asked.max_tokens is not None and asked.max_tokens > self._limits.max_tokens:
             raise bad_request(
-                f"{asked} tokens are asked for; this server's answers have at most {self._limits.max_tokens}.",
-                "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens",
+                f"{asked.max_tokens} tokens are asked for; this server's answers have at most {self._limits.max_tokens}.",
+                asked.max_tokens_field,
             )
-        return asked

@@ -1,10 +1,10 @@
-"""The forms that replies take on the wire: JSON, errors, and streams of events that give up their answer when left."""
+"""How replies travel: JSON that can quote anything, errors that are counted, answers as server-sent events."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -13,7 +13,19 @@ from mlx_fastvlm.answer import GenerationResponse
 from mlx_fastvlm.server.api_errors import ApiError
 from mlx_fastvlm.server.job import Job
 from mlx_fastvlm.server.metrics import Metrics
-from mlx_fastvlm.server.schema import Reply
+
+
+class Reply(Protocol):
+    """One answer in the form that its client reads."""
+
+    def whole(self, responses: Sequence[GenerationResponse]) -> dict[str, Any]:
+        """All of it, from the responses of its tokens."""
+
+    def events(self, response: GenerationResponse) -> bytes:
+        """Server-sent events for one token: often none."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The last event of an answer that breaks off."""
 
 
 class AsciiJSON(JSONResponse):
@@ -23,10 +35,10 @@ class AsciiJSON(JSONResponse):
         return json.dumps(content).encode("ascii")
 
 
-def error_reply(error: ApiError, metrics: Metrics) -> AsciiJSON:
-    """An error as OpenAI's clients expect it; it is counted."""
+def error_reply(error: ApiError, path: str, metrics: Metrics) -> AsciiJSON:
+    """An error as the clients of a path expect it; it is counted."""
     metrics.error(error.status)
-    return AsciiJSON(error.body, error.status, dict(error.headers))
+    return AsciiJSON(error.body_for(path), error.status, dict(error.headers))
 
 
 class AnswerStream(StreamingResponse):
@@ -36,15 +48,14 @@ class AnswerStream(StreamingResponse):
         job: makes the answer.
         first: its first token's response.
         reply: gives the events their content.
-        with_usage: whether token counts are sent at the end.
         metrics: is told of an error in the middle.
     """
 
-    def __init__(self, job: Job, first: GenerationResponse, reply: Reply, with_usage: bool, metrics: Metrics):
+    def __init__(self, job: Job, first: GenerationResponse, reply: Reply, metrics: Metrics):
         self._job, self._metrics = job, metrics
         # X-Accel-Buffering: proxies like nginx would hold the events back.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._events(first, reply, with_usage), media_type="text/event-stream", headers=headers)
+        super().__init__(self._events(first, reply), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -52,16 +63,11 @@ class AnswerStream(StreamingResponse):
         finally:
             self._job.cancel()  # also if the client left before the first event
 
-    async def _events(self, first: GenerationResponse, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:
+    async def _events(self, first: GenerationResponse, reply: Reply) -> AsyncIterator[bytes]:
         try:
             async for response in self._job.rest(first):
-                if chunks := reply.chunks(response, with_usage):
-                    yield b"".join(_event(chunk) for chunk in chunks)
-            yield b"data: [DONE]\n\n"
+                if events := reply.events(response):
+                    yield events
         except ApiError as error:
             self._metrics.error(error.status)
-            yield _event(error.body)
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content).encode("ascii") + b"\n\n"
+            yield reply.error(error)

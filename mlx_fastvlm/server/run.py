@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.server.connection import ImpatientProtocol
 
 _FAREWELL_SECONDS = 2  # for connections, after their answers have ended
 
@@ -43,14 +44,21 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, grace_seconds: float):
-        farewell = grace_seconds + _FAREWELL_SECONDS
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=farewell))
-        self._engine, self._grace_seconds = app.state.engine, grace_seconds
+        config = uvicorn.Config(
+            app,
+            http=ImpatientProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=grace_seconds + _FAREWELL_SECONDS,
+        )
+        super().__init__(config)
+        self._engines, self._grace_seconds = app.state.engines.values(), grace_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        answers = asyncio.create_task(asyncio.to_thread(self._engine.stop, self._grace_seconds))
+        answers = [asyncio.create_task(asyncio.to_thread(engine.stop, self._grace_seconds)) for engine in self._engines]
         await super().shutdown(sockets)
-        await answers
+        await asyncio.gather(*answers)
 
 
 def _unusable(host: str, port: int, error: OSError) -> OptionError:
