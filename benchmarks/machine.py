@@ -22,7 +22,7 @@ from mlx_fastvlm.kernels.choice import KERNELS_VARIABLE
 def describe_machine() -> dict[str, Any]:
     """Processor, memory, system, versions, commit and how busy the machine is now."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": _usable_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -114,7 +114,8 @@ def child_rss_bytes(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     try:
