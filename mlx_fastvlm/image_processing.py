@@ -25,7 +25,17 @@ from mlx_fastvlm.auto_resolution import AutoResolution
 from mlx_fastvlm.errors import ConfigError, ImageError, OptionError
 from mlx_fastvlm.image_source import FileSource, named_page, read_image_bytes, source_name
 from mlx_fastvlm.pdf_pages import is_pdf, render_page
-from mlx_fastvlm.resolution import STEP, Fit, Size, check_fit, check_resolution, native_size, resolutions
+from mlx_fastvlm.resolution import (
+    STEP,
+    Fit,
+    Size,
+    check_fit,
+    check_resolution,
+    count_rows,
+    native_size,
+    resolutions,
+)
+from mlx_fastvlm.tiling import TiledPixels, Tiling
 
 ImageSource = FileSource | Image.Image | np.ndarray
 Background = Literal["white", "black"]
@@ -143,10 +153,11 @@ class ImageProcessor:
         image_size: side R of the square result, in pixels; about the longer side of a rectangular one.
         fit: "pad" centers the image on a square as LLaVA does, which is what FastVLM was trained with; "crop" keeps
             only the central square, as the model card's snippet does; "native" resizes the whole image to the rectangle
-            of `resolution.native_size`, whose shape is nearly its own.
+            of `resolution.native_size`, whose shape is nearly its own; "tiles" cuts it, see `tiles`.
         background: what shows through transparent pixels.
         image_mean, image_std: per RGB channel, in units of [0, 1]. FastVLM has 0 and 1. Padding has the mean's color.
         auto: chooses each image's resolution by its content; `image_size` is the largest that it chooses then.
+        tiling: how "tiles" cuts.
     """
 
     image_size: int
@@ -155,13 +166,18 @@ class ImageProcessor:
     image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     auto: AutoResolution | None = None
+    tiling: Tiling = Tiling()
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise OptionError(f"The image size is {self.image_size}; it must be a positive number of pixels.")
         check_fit(self.fit)
-        if self.fit == "native" and self.image_size % STEP:
-            raise OptionError(f"The image size is {self.image_size}; it must be a multiple of {STEP} for fit native.")
+        if self.fit in ("native", "tiles") and self.image_size % STEP:
+            raise OptionError(
+                f"The image size is {self.image_size}; it must be a multiple of {STEP} for fit {self.fit}."
+            )
+        if self.fit == "tiles" and self.auto is not None:
+            raise OptionError("Tiles all have one resolution: leave out resolution auto, or fit tiles.")
         _check_choice("background", self.background, ("white", "black"))
 
     @classmethod
@@ -233,7 +249,8 @@ class ImageProcessor:
     @property
     def fixed_size(self) -> Size | None:
         """Height and width of what the tower sees, where those are the same for every image; else None."""
-        return None if self.fit == "native" or self.auto is not None else (self.image_size, self.image_size)
+        is_fixed = self.fit in ("pad", "crop") and self.auto is None
+        return (self.image_size, self.image_size) if is_fixed else None
 
     def chosen_for(self, picture: Image.Image) -> ImageProcessor:
         """The same with the resolution that `auto` chooses for this RGB picture; without `auto`, the same."""
@@ -245,6 +262,7 @@ class ImageProcessor:
         Where `auto` chooses, ask what `chosen_for` gives.
         """
         assert self.auto is None, "an image's size depends on its content: ask chosen_for first"
+        assert self.fit != "tiles", "tiles have a layout, not a size"
         return self.fixed_size or native_size(width, height, self.image_size)
 
     def to_array(self, image: ImageSource) -> np.ndarray:
@@ -259,18 +277,60 @@ class ImageProcessor:
         Raises:
             ImageError: see `open_image`; or the image is too narrow to be cropped.
         """
+        return self._scaled(self.to_bytes(image))
+
+    def to_bytes(self, image: ImageSource) -> np.ndarray:
+        """`to_array` before it scales: (H, W, 3) uint8, an image of which it makes the same values. Same errors."""
         rgb = open_image(image, background=self.background)
         if self.auto is not None:
-            return self.chosen_for(rgb).to_array(rgb)
-        fitted = {"pad": self._pad, "crop": self._crop, "native": self._keep_shape}[self.fit](rgb)
-        pixels = np.divide(fitted, 255, dtype=np.float32)
-        if any(self.image_mean) or any(std != 1 for std in self.image_std):
-            pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return pixels
+            return self.chosen_for(rgb).to_bytes(rgb)
+        if self.fit == "tiles":
+            raise OptionError("Tiles are several arrays, and one is expected here: choose another fit.")
+        return np.asarray({"pad": self._pad, "crop": self._crop, "native": self._keep_shape}[self.fit](rgb))
+
+    def tiles(self, image: ImageSource) -> TiledPixels:
+        """Cut one image as LLaVA's AnyRes does, into tiles of `image_size`.
+
+        The overview is the whole image resized to a square, its shape not kept. Behind it come the tiles of the best
+        grid (`Tiling.layout`), on which the image is centered on black, its shape kept.
+
+        Args:
+            image: anything `open_image` takes.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
+        rgb = open_image(image, background=self.background)
+        size = self.image_size
+        layout = self.tiling.layout(*rgb.size, size)
+        canvas = Image.new("RGB", layout.canvas)
+        left, top = ((whole - part) // 2 for whole, part in zip(layout.canvas, layout.resized, strict=True))
+        canvas.paste(_resize(rgb, layout.resized), (left, top))
+        columns, rows = layout.grid
+        corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
+        cut = [_resize(rgb, (size, size)), *(canvas.crop((x, y, x + size, y + size)) for x, y in corners)]
+        return TiledPixels(self._scaled(np.stack([np.asarray(tile) for tile in cut])), layout)
+
+    def prepare(self, image: ImageSource) -> np.ndarray | TiledPixels:
+        """What the fit makes of one image: `tiles`, or else `to_array`. Same arguments and errors."""
+        return self.tiles(image) if self.fit == "tiles" else self.to_array(image)
+
+    def count_rows(self, width: int, height: int) -> int:
+        """How many positions of the decoder an image of this size takes. Without `auto`, see `size_of`."""
+        if self.fit == "tiles":
+            return self.tiling.layout(width, height, self.image_size).rows
+        return count_rows(self.size_of(width, height))
 
     def preprocess(self, image: ImageSource) -> mx.array:
         """`to_array` as a batch of one: (1, H, W, 3) float32, NHWC. Same arguments and errors."""
         return mx.array(self.to_array(image)[None])
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        """uint8 → float32, with FastVLM's mean and std in [0, 1]."""
+        pixels = np.divide(values, 255, dtype=np.float32)
+        if any(self.image_mean) or any(std != 1 for std in self.image_std):
+            pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return pixels
 
     def _pad(self, image: Image.Image) -> Image.Image:
         """Center on a square of the longer side, then resize to R.

@@ -128,30 +128,32 @@ def test_others_are_read_while_one_client_sends_many_pictures(demo, monkeypatch)
     from mlx_fastvlm.server import pictures
 
     def slow_open(source, **settings):
-        begun.append(source)
+        opened = open_image(source, **settings)
+        begun.append(opened.size)
         may_go.wait(30)
-        return open_image(source, **settings)
+        return opened
 
     open_image = pictures.open_image
     monkeypatch.setattr(pictures, "open_image", slow_open)
-    finished = []
+    answered = []
 
     def ask(live, name, *images):
         live.ask("Hello", *images, max_tokens=1, user=name)
-        finished.append(name)
+        answered.append(name)
 
-    with serving(*demo) as live, ThreadPoolExecutor(8) as pool:
+    with serving(*demo) as live, ThreadPoolExecutor(12) as pool:
         try:
-            for count in range(4):
-                pool.submit(ask, live, "greedy", *(picture(100 + count, 100 + i) for i in range(2)))
+            for count in range(8):
+                pool.submit(ask, live, "greedy", picture(100 + count, 100))
                 wait_until(lambda c=count: len(begun) + waiting(live) > c, "it is not there")
             ask(live, "writes")  # words need no turn at decoding
-            pool.submit(ask, live, "modest", example("word.png"))
-            wait_until(lambda: waiting(live) == 3, "the last one does not wait")
+            pool.submit(ask, live, "modest", picture(300, 300))
+            wait_until(lambda: waiting(live) == 7, "the last one does not wait")
         finally:
             may_go.set()
-    assert finished[:2] == ["writes", "modest"]
-    assert len(finished) == 6
+    assert answered[0] == "writes"
+    assert len(answered) == 10
+    assert begun.index((300, 300)) <= 3  # two were being decoded; of those that wait it is one of the next two
 
 
 def test_a_client_that_leaves_while_its_pictures_wait_is_not_read(demo, monkeypatch):

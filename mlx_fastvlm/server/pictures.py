@@ -12,8 +12,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
-
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
@@ -117,7 +115,7 @@ class Pictures:
     def _shrunk(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent:
         self._check_size(content)
         picture = open_image(content.open(), background=image_processor.background)
-        small = ImageContent(content.digest, _to_bytes(image_processor, picture), content.name)
+        small = ImageContent(content.digest, image_processor.to_bytes(picture), content.name)
         with self._lock:
             if self._kept.setdefault((content.digest, image_processor), small) is small:
                 self._bytes += small.source.nbytes
@@ -141,10 +139,3 @@ def _size(content: ImageContent) -> tuple[int, int]:
     if content.is_file and content.source.startswith(_PNG_BEGINNING):
         return _PNG_SIZE.unpack_from(content.source.ljust(24, b"\0"), 16)
     return content.size
-
-
-def _to_bytes(image_processor: ImageProcessor, picture: object) -> np.ndarray:
-    """(H, W, 3) uint8: a picture as `ImageProcessor` fits it, from which it makes the same pixel values."""
-    pixels = image_processor.to_array(picture)
-    scaled = (pixels * np.float32(image_processor.image_std) + np.float32(image_processor.image_mean)) * 255
-    return np.rint(scaled).astype(np.uint8)
