@@ -124,6 +124,22 @@ def test_another_question_does_not_mix_with_a_files(run, folder):
     assert [row["prompt"] for row in rows("c.jsonl")] == ["Why?"] * 4
 
 
+def test_pictures_of_any_shape_are_captioned_at_another_resolution(run, folder, demo):
+    shapes = {"1": (96, 40), "2": (40, 96), "10": (80, 80)}
+    for name, size in shapes.items():
+        Image.open(f"photos/{name}.png").resize(size).save(f"photos/{name}.png")
+    code, _, err = run("photos", "--out", "c.jsonl", "--resolution", 192, "--fit", "native", "--max-tokens", 8)
+    assert code == 0 and err.count("trained") == 2 and err.count("Note:") == 1
+    found = rows("c.jsonl")
+    assert [row["options"] for row in found] == [{"max_tokens": 8, "resolution": 192, "fit": "native"}] * 4
+    for row in found:
+        if "caption" in row:
+            options = {"max_tokens": 8, "resolution": 192, "fit": "native"}
+            assert row["caption"] == generate(*demo, QUESTION, row["path"], **options)
+    code, _, err = run("photos", "--out", "c.jsonl", "--resolution", 128, "--max-tokens", 8)
+    assert code == 1 and "resolution" in err
+
+
 def test_overwriting_keeps_the_old_file_until_there_is_something_new(run, folder, monkeypatch):
     run("photos", "--out", "c.jsonl", "--max-tokens", 3)
     before = Path("c.jsonl").read_bytes()
@@ -253,9 +269,9 @@ def test_a_bar_only_where_somebody_looks_at_it(run, folder, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_tears_nothing(run, folder, monkeypatch):
-    from mlx_fastvlm.captions import output as caption_output
+    from mlx_fastvlm import locked_file
 
-    write, written = caption_output._write_all, []
+    write, written = locked_file.write_all, []
 
     def fill(file, data):
         written.append(data)
@@ -264,12 +280,12 @@ def test_a_full_disk_is_one_line_and_tears_nothing(run, folder, monkeypatch):
             raise OSError(28, "No space left on device")
         write(file, data)
 
-    monkeypatch.setattr(caption_output, "_write_all", fill)
+    monkeypatch.setattr(locked_file, "write_all", fill)
     code, _, err = run("photos", "--out", "c.jsonl", "--max-tokens", 3)
     assert code == 1 and err.count("\n") == 1
     assert "c.jsonl cannot be written (No space left on device). The captions in it are kept" in err
     (row,) = rows("c.jsonl")
-    monkeypatch.setattr(caption_output, "_write_all", write)
+    monkeypatch.setattr(locked_file, "write_all", write)
     assert run("photos", "--out", "c.jsonl", "--max-tokens", 3)[0] == 0
     assert len(rows("c.jsonl")) == 4 and rows("c.jsonl")[0] == row
 

@@ -13,8 +13,9 @@ from typing import Annotated
 import typer
 
 from mlx_fastvlm import __version__
-from mlx_fastvlm.cli import caption, chat, describe, kernels, models, serve
+from mlx_fastvlm.cli import calibrate_resolution, caption, chat, describe, embed, kernels, models, serve, watch
 from mlx_fastvlm.cli.bench import bench
+from mlx_fastvlm.cli.eval import evaluation
 from mlx_fastvlm.cli.terminal import say
 from mlx_fastvlm.errors import FastVLMError, FastVLMWarning
 
@@ -30,11 +31,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (
-    describe.describe, chat.chat, caption.caption, serve.serve,
+    describe.describe, chat.chat, caption.caption, watch.watch, embed.embed, serve.serve,
     models.convert, models.quantize, models.fidelity, models.verify, models.info,
+    calibrate_resolution.calibrate_resolution,
     kernels.tune, kernels.selftest,
 ):  # fmt: skip
     app.command()(_command)
+app.add_typer(evaluation)
 app.add_typer(bench)
 
 
