@@ -116,6 +116,9 @@ def test_names_of_saved_chats(argument, name):
         ("--top-p=0.9", ("top_p", 0.9)),
         ("Max_Tokens = 12", ("max_tokens", 12)),
         ("seed none", ("seed", None)),
+        ("resolution 512", ("resolution", 512)),
+        ("resolution none", ("resolution", None)),
+        ("fit native", ("fit", "native")),
     ],
 )
 def test_settings(argument, setting):
@@ -371,7 +374,10 @@ def demo():
     return load("demo")
 
 
-SETTINGS = {"max_tokens": 64, "temp": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": None}
+SETTINGS = {
+    "max_tokens": 64, "temp": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": None,
+    "resolution": None, "fit": None,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -515,6 +521,29 @@ def test_settings_hold_for_the_questions_that_follow(start):
     session.enter("/set top_p 2")
     session.enter("/set")
     assert "top_p is 2" in view.errors[-1] and "top_p 1" in view.notes[-1]
+
+
+@pytest.mark.filterwarnings("ignore::mlx_fastvlm.errors.FastVLMWarning")
+def test_resolution_and_fit_hold_for_the_pictures_shown_too(start, demo):
+    session, view = start(EXAMPLES / "shapes-wide.png")
+    session.enter("/stats")
+    session.enter("/set resolution 192")
+    session.enter("/set fit native")
+    assert len(view.statuses) == 2  # the picture was read anew
+    session.enter("/stats")
+    trained, smaller = (int(note.split()[1]) for note in view.notes if note.startswith("Context: "))
+    assert trained - smaller == 16 - 6  # 256 by 256 and 128 by 192 pixels
+    session.enter("Describe this image.")
+    assert view.answers == [
+        generate(
+            *demo, "Describe this image.", EXAMPLES / "shapes-wide.png", max_tokens=64, resolution=192, fit="native"
+        )
+    ]
+    for wrong, told in (("/set resolution 200", "192 or 256 is nearest"), ("/set fit wide", "pad, crop, native")):
+        session.enter(wrong)
+        assert told in view.errors[-1]
+    session.enter("/set")
+    assert "resolution 192" in view.notes[-1] and "fit native" in view.notes[-1]
 
 
 def test_statistics_tell_what_was_done_beforehand(start):
@@ -679,6 +708,7 @@ def test_a_saved_chat_goes_on(run, tmp_path, demo):
         (["--load", __file__], "not a saved conversation"),
         (["--top-p", "2"], "top_p is 2"),
         (["--kv-bits", "7"], "kv_bits is 7"),
+        (["--resolution", "500"], "448 or 512 is nearest"),
         (["--context", "grow"], "grow"),
     ],
 )
@@ -699,6 +729,13 @@ def test_fit_changes_what_is_seen(run):
         run(wide, "--model", "demo", "--fit", fit, lines=b"Describe this image.\n")[1] for fit in ("pad", "crop")
     )
     assert padded != cropped
+
+
+def test_resolution_changes_what_is_seen_and_is_noticed_once(run):
+    lines = b"Describe this image.\nDescribe this image.\n"
+    _, out, err = run(SHAPES, "--model", "demo", "--resolution", 64, "--max-tokens", 8, lines=lines)
+    assert out != run(SHAPES, "--model", "demo", "--max-tokens", 8, lines=lines)[1]
+    assert err.count("was trained on images of 256x256 pixels; at 64") == 1
 
 
 def test_unknown_errors_are_not_swallowed(start):

@@ -79,8 +79,19 @@ def test_presets_ask_their_question(preset, run, model):
 
 
 def test_fit_changes_what_is_seen(run, model):
-    answers = [run("describe", PICTURE, "-m", model, "--fit", fit, "--max-tokens", 12)[1] for fit in ("pad", "crop")]
-    assert answers[0] != answers[1]
+    fits = ("pad", "crop", "native")
+    answers = [run("describe", PICTURE, "-m", model, "--fit", fit, "--max-tokens", 12)[1] for fit in fits]
+    assert len(set(answers)) == 3
+
+
+def test_resolution_is_that_of_every_picture_and_is_noticed_once(run, model, tiny):
+    arguments = ("-m", model, "--image", OTHER, "--max-tokens", 4, "--json", "--resolution", 128, "--fit", "native")
+    code, out, err = run("describe", PICTURE, "Which?", *arguments)
+    notes = err.splitlines()
+    assert code == 0 and len(notes) == 2  # the other is that of several pictures
+    assert "trained on images of 256x256 pixels; at 128" in notes[1] and "rectangles" in notes[1]
+    ids = tiny[1].tokenize("Which?", 2)
+    assert json.loads(out)["prompt_tokens"] == len(ids) - 2 + 2 + 2  # both are 64 by 128, or 128 by 64
 
 
 def test_several_pictures_come_with_a_notice(run, model, tiny):
@@ -182,6 +193,9 @@ BAD_COMMANDS = [
     (["describe", PICTURE, "why?", "--preset", "read", "-m", "demo"], "--preset"),
     (["describe", PICTURE, "--preset", "poem", "-m", "demo"], "poem"),
     (["describe", PICTURE, "--fit", "stretch", "-m", "demo"], "stretch"),
+    (["describe", PICTURE, "--resolution", "1000"], "960 or 1024 is nearest"),  # before any download
+    (["describe", PICTURE, "--resolution", "4096", "-m", "demo"], "2048 is nearest"),
+    (["describe", PICTURE, "--resolution", "large", "-m", "demo"], "resolution"),
     (["describe", PICTURE, "--dtype", "int8", "-m", "demo"], "int8"),
     (["describe", PICTURE, "--max-tokens", "0", "-m", "demo"], "max-tokens"),
     (["describe", PICTURE, "--max-tokens", "many", "-m", "demo"], "max-tokens"),

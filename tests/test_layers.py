@@ -35,6 +35,7 @@ ONLY_IN = {
     "uvicorn": {f"{SERVER}/connection.py", f"{SERVER}/run.py", "mlx_fastvlm/cli/serve.py"},
     "pydantic": {f"{SERVER}/{name}.py" for name in ("schema", "messages")},
     "prometheus_client": {f"{SERVER}/metrics.py", "mlx_fastvlm/cli/serve.py"},
+    "av": {f"mlx_fastvlm/video/{name}.py" for name in ("reader", "frame")},
     "pillow_heif": {"mlx_fastvlm/image_processing.py"},
     "pypdfium2": {"mlx_fastvlm/pdf_pages.py"},
     "exiv2": {"mlx_fastvlm/captions/metadata.py"},
@@ -86,6 +87,11 @@ MAY_IMPORT = {
         "model",
         "processor",
     },
+    "mlx_fastvlm/locked_file.py": {"errors"},
+    "mlx_fastvlm/video_file.py": set(),
+    "mlx_fastvlm/video": set(
+        "batch_generate captions errors image_processing locked_file model options processor video".split()
+    ),
     "mlx_fastvlm/server": set(
         "answer batch_generate constraint errors generate image_content image_features image_processing image_source "
         "kernels model options prefix_cache processor prompt reuse server token_draw __version__".split()

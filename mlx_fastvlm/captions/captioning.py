@@ -20,6 +20,7 @@ from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
+from mlx_fastvlm.tiling import TiledPixels
 
 DEFAULT_PROMPT = "Describe this image."
 DEFAULT_BATCH_SIZE = 16
@@ -88,12 +89,12 @@ def caption_images(
         raise OptionError(f"threads is {threads}; expected 1 or more.")
     chosen = GenerationOptions(**options)
     image_processor = processor.images_at(chosen.resolution, chosen.fit)
-    largest = (image_processor.image_size, image_processor.image_size)
-    group = min(batch_size, images_at_once(largest))
+    side = image_processor.image_size
+    group = min(batch_size, images_at_once((side, side)))
     generator = BatchGenerator(model, processor, max_rows=2 * batch_size, min_group=group)
     input_ids = processor.tokenize(prompt, 1, chosen.system)
     # Asked for and taken back: what cannot be answered is refused now rather than with the first image.
-    generator.remove(generator.add_tokens(input_ids, [np.empty((*largest, 3), np.float32)], options=chosen))
+    generator.remove(generator.add_tokens(input_ids, [image_processor.largest()], options=chosen))
     threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     work = _Work(generator, input_ids, chosen, ready_to_begin=group)
     return _captions(
@@ -112,8 +113,8 @@ def _captions(
         window: images taken and not yet yielded, at most.
     """
 
-    def read(image: ImageSource | Callable[[], ImageSource]) -> np.ndarray:
-        return image_processor.to_array(image() if callable(image) else image)
+    def read(image: ImageSource | Callable[[], ImageSource]) -> np.ndarray | TiledPixels:
+        return image_processor.prepare(image() if callable(image) else image)
 
     coming = enumerate(images)
     yielded = 0
@@ -166,7 +167,7 @@ class _Work:
         """Whether another image should be given before the next step: pixels are not to pile up."""
         return self.generator.waiting < self._ready_to_begin
 
-    def begin(self, index: int, image, pixels: np.ndarray | BaseException) -> None:
+    def begin(self, index: int, image, pixels: np.ndarray | TiledPixels | BaseException) -> None:
         """Have an image answered; what could not be read is finished already. Raises what is no FastVLMError."""
         if isinstance(pixels, BaseException):
             self.captions[index] = _failed(index, image, pixels)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,15 +17,19 @@ from mlx_fastvlm.cli.options import (
     JsonSchema,
     MaxTokens,
     RepetitionPenalty,
+    ResolutionOption,
     Seed,
     Stop,
     System,
     Temp,
+    TileGrid,
     TopK,
     TopP,
     answer_form,
+    given_settings,
+    tile_grids,
 )
-from mlx_fastvlm.cli.terminal import Model, Revision, load_model
+from mlx_fastvlm.cli.terminal import Model, Revision, load_model, tell
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.loading import DEFAULT_MODEL
 from mlx_fastvlm.options import DEFAULT_MAX_TOKENS
@@ -88,7 +89,9 @@ def caption(
         int | None, typer.Option(min=1, help="Threads that read pictures.", show_default="as many as cores, up to 4")
     ] = None,
     system: System = None,
+    resolution: ResolutionOption = None,
     fit: FitOption = None,
+    tile_grid: TileGrid = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temp: Temp = 0.0,
     top_p: TopP = 1.0,
@@ -125,25 +128,28 @@ def caption(
         "seed": seed,
         "stop": stop or (),
         "system": system,
+        "resolution": resolution,
+        "fit": fit and fit.value,
         **answer_form(json_schema, choices),
     }
-    loading = {"fit": fit and fit.value, "dtype": dtype and dtype.value, "revision": revision}
+    grids = tile_grids(tile_grid, fit)
+    loading = {"dtype": dtype and dtype.value, "revision": revision, "tile_grid": tile_grid}
 
     from mlx_fastvlm.captions.captioning import caption_images
     from mlx_fastvlm.captions.rows import Recipe
-    from mlx_fastvlm.cli.caption_run import CaptionRun, Embedder, tell
+    from mlx_fastvlm.cli.caption_run import CaptionRun, Embedder
 
-    recipe = Recipe(model, question, _settings(options, loading))
+    recipe = Recipe(model, question, given_settings(options, loading))
     run = CaptionRun(recipe, Embedder(overwrite) if metadata else None)
-    pictures = _find(paths or [], files_from, recursive, run.report_bad)
+    pictures = named_pictures(paths or [], files_from, recursive, run.report_bad)
     output = _open_output(out, run, pictures, as_json, overwrite)
     try:
         todo = [picture for picture in pictures if not output.is_finished(picture)]
         run.finished_before = len(pictures) - len(todo)
         if todo:
             loaded, processor = load_model(model, dtype, revision)
-            if fit is not None:
-                processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
+            if grids is not None:
+                processor.tile(grids)
             captions = caption_images(
                 loaded,
                 processor,
@@ -168,7 +174,7 @@ def caption(
         raise typer.Exit(1)
 
 
-def _find(
+def named_pictures(
     paths: list[str], files_from: str | None, recursive: bool, on_unreadable: Callable[[str], None]
 ) -> list[Picture]:
     """All pictures, in order. Raises OptionError if there are none, ImageError if a named path does not exist."""
@@ -205,16 +211,3 @@ def _open_output(out: str | None, run: CaptionRun, pictures: list[Picture], as_j
     if out == SIDECARS:
         return Sidecars(pictures, overwrite=overwrite)
     return CaptionFile(Path(out), run.recipe, pictures, overwrite=overwrite)
-
-
-def _settings(options: Mapping[str, Any], loading: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that differ from the defaults, as rows keep them. Raises OptionError as GenerationOptions does."""
-    from mlx_fastvlm.options import GenerationOptions
-
-    chosen, default = GenerationOptions(**options), GenerationOptions()
-    settings = {name: value for name, value in options.items() if getattr(chosen, name) != getattr(default, name)}
-    if "json_schema" in settings:  # too long for every row; its digest tells schemas apart
-        text = json.dumps(settings["json_schema"], sort_keys=True)
-        settings["json_schema"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    settings |= {name: value for name, value in loading.items() if value is not None}
-    return json.loads(json.dumps(settings))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,10 +15,8 @@ from mlx_fastvlm.captions.captioning import Caption
 from mlx_fastvlm.captions.metadata import NoPlaceForCaption, check_available, read_alt_text, write_caption
 from mlx_fastvlm.captions.picture_files import Picture
 from mlx_fastvlm.captions.rows import CaptionRow, Recipe
-from mlx_fastvlm.cli.terminal import counting, say
+from mlx_fastvlm.cli.terminal import counting, on_one_line, say, tell
 from mlx_fastvlm.errors import ImageError
-
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Output(Protocol):
@@ -53,7 +49,7 @@ class CaptionRun:
     def report_bad(self, message: str) -> None:
         """Say, in one line on stderr, why there is no caption, and count it."""
         self.bad += 1
-        tell(f"Bad: {_on_one_line(message)}")
+        tell(f"Bad: {on_one_line(message)}")
 
     def work(self, todo: Sequence[Picture], captions: Iterator[Caption], output: Output, shows_bar: bool) -> None:
         """Take the captions of these pictures to the output, one by one in order.
@@ -112,7 +108,7 @@ class Printed:
             say(json.dumps(row.to_dict(), ensure_ascii=False))
         elif row.caption is not None:
             name, words = Picture(row.path, row.page).name, " ".join(row.caption.split())
-            say(f"{_on_one_line(name)}\t{_on_one_line(words)}")
+            say(f"{on_one_line(name)}\t{on_one_line(words)}")
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -155,7 +151,7 @@ class Embedder:
             self.without_place["URL" if picture.is_url else Path(picture.path).suffix.lower()] += 1
         except ImageError as error:
             self.failed += 1
-            tell(f"Not written into the picture: {_on_one_line(str(error))}")
+            tell(f"Not written into the picture: {on_one_line(str(error))}")
 
     def summary(self) -> str:
         """One sentence."""
@@ -173,13 +169,3 @@ class Embedder:
 def _is_file(picture: Picture) -> bool:
     """Whether the picture is a file of its own."""
     return picture.page is None and not picture.is_url
-
-
-def _on_one_line(text: str) -> str:
-    """`text` with escapes for control characters: names may hold line ends, tabs, and what commands a terminal."""
-    return _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
-
-
-def tell(message: str) -> None:
-    """A line on stderr."""
-    print(message, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import re
@@ -27,6 +26,7 @@ from mlx_fastvlm.cli.options import (
     KvBits,
     MaxTokens,
     RepetitionPenalty,
+    ResolutionOption,
     Seed,
     Stop,
     System,
@@ -61,6 +61,7 @@ def chat(
     model: Model = DEFAULT_MODEL,
     load: Annotated[Path | None, typer.Option(help="Go on with a chat that /save wrote.", show_default=False)] = None,
     system: System = None,
+    resolution: ResolutionOption = None,
     fit: FitOption = None,
     context: Annotated[
         Context, typer.Option(help="When the context is full: say so, or leave out the oldest turns.")
@@ -96,6 +97,8 @@ def chat(
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "resolution": resolution,
+        "fit": fit and fit.value,
     }
     from mlx_fastvlm.cli.chat_session import Session
     from mlx_fastvlm.conversation import Conversation
@@ -114,8 +117,6 @@ def chat(
         if in_terminal:
             view.note(f"mlx-fastvlm {__version__} with {model}. /help lists the commands. {_HOW_TO_LEAVE}")
         loaded, processor = load_model(model, dtype, revision)
-        if fit is not None:
-            processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
         how = {
             "context": context.value,
             "reuse": Reuse(loaded, processor),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
+from mlx_fastvlm.cli.options import resolution_of
 from mlx_fastvlm.errors import ImageError, OptionError
 
 
@@ -49,7 +50,10 @@ SETTINGS = {
     "top_k": int,
     "repetition_penalty": float,
     "seed": int,
+    "resolution": resolution_of,
+    "fit": str,
 }
+_MAY_BE_NONE = ("seed", "resolution", "fit")
 
 KEYS_HELP = """\
 Enter sends. Alt-Enter, Ctrl-J, or a \\ at the end of a line begins another line.
@@ -136,7 +140,7 @@ def file_name(argument: str) -> str:
     return _plain_path(words[0] if len(words) == 1 else argument.strip())
 
 
-def parse_setting(argument: str) -> tuple[str, float | int | None]:
+def parse_setting(argument: str) -> tuple[str, float | int | str | None]:
     """What /set is to set, from `temp 0.7`, `temp=0.7` or `seed none`.
 
     Raises:
@@ -146,7 +150,7 @@ def parse_setting(argument: str) -> tuple[str, float | int | None]:
     name = name.lower().lstrip("-").replace("-", "_")
     if name not in SETTINGS:
         raise OptionError(f"There is no option {name}; expected one of {', '.join(SETTINGS)}.")
-    if name == "seed" and text.lower() == "none":
+    if name in _MAY_BE_NONE and text.lower() == "none":
         return name, None
     kind = SETTINGS[name]
     try:

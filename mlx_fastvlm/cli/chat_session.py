@@ -34,6 +34,7 @@ _MAKE_ROOM = (
     "To make room: /undo, /branch N or /clear; /set max_tokens for a shorter answer. Or start the chat with "
     "--context slide, which leaves out the oldest turns."
 )
+_SIZE_SETTINGS = ("resolution", "fit")  # a picture must be read anew with another one
 _SHOWN_LETTERS = 100  # of a question that a note mentions
 
 
@@ -264,9 +265,12 @@ class Session:
         if argument:
             name, value = parse_setting(argument)
             changed = {**self._settings, name: value}
-            GenerationOptions(**changed)
+            chosen = GenerationOptions(**changed)
+            self.conversation.processor.images_at(chosen.resolution, chosen.fit)
             self._settings = changed
             self._view.note(f"{name} is {_setting(value)} now.")
+            if name in _SIZE_SETTINGS:
+                self.prepare()
         else:
             self._view.note("\n".join(f"{name} {_setting(value)}" for name, value in self._settings.items()))
 
@@ -276,7 +280,7 @@ class Session:
             if self._prepared_last:
                 milliseconds = self._prepared_last * 1e3
                 self._view.note(f"Before the question: {milliseconds:.1f} ms of reading, not part of these times")
-        used, limit = self.conversation.context_tokens, self.conversation.context_limit
+        used, limit = self.conversation.count_tokens(**self._settings), self.conversation.context_limit
         full = "; the oldest turns are left out" if used > limit else ""
         self._view.note(f"Context: {used} of {limit} tokens used{full}")
 
@@ -301,7 +305,7 @@ def _shortened(question: str) -> str:
     return line if len(line) <= _SHOWN_LETTERS else line[: _SHOWN_LETTERS - 1] + "…"
 
 
-def _setting(value: float | int | None) -> str:
+def _setting(value: float | int | str | None) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -20,13 +20,16 @@ from mlx_fastvlm.cli.options import (
     KvBits,
     MaxTokens,
     RepetitionPenalty,
+    ResolutionOption,
     Seed,
     Stop,
     System,
     Temp,
+    TileGrid,
     TopK,
     TopP,
     answer_form,
+    tile_grids,
 )
 from mlx_fastvlm.cli.statistics import statistics
 from mlx_fastvlm.cli.terminal import Model, Revision, load_model, say
@@ -35,6 +38,7 @@ from mlx_fastvlm.image_processing import open_image
 from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.loading import DEFAULT_MODEL
 from mlx_fastvlm.options import DEFAULT_MAX_TOKENS
+from mlx_fastvlm.video_file import is_video
 
 if TYPE_CHECKING:
     from mlx_fastvlm.model import FastVLM
@@ -71,7 +75,9 @@ def describe(
         typer.Option("--image", help="A further picture; <image> in PROMPT marks where each goes.", show_default=False),
     ] = None,
     system: System = None,
+    resolution: ResolutionOption = None,
     fit: FitOption = None,
+    tile_grid: TileGrid = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temp: Temp = 0.0,
     top_p: TopP = 1.0,
@@ -100,12 +106,14 @@ def describe(
     mlx-fastvlm describe photo.jpg "How many people are there?" --stats
     mlx-fastvlm describe photo.jpg "Is it day or night?" --choices day,night
     mlx-fastvlm describe before.png "What changed?" --image after.png
+    mlx-fastvlm describe clip.mp4 (frame by frame; mlx-fastvlm watch --help has more)
     cat photo.jpg | mlx-fastvlm describe - --preset brief --json
     """
     if prompt is not None and preset is not None:
         raise OptionError("Both a prompt and --preset are given; give one of them.")
     question = PRESET_PROMPTS[preset or Preset.describe] if prompt is None else prompt
 
+    from mlx_fastvlm.cli.watch import describe_video
     from mlx_fastvlm.generate import stream_generate
     from mlx_fastvlm.options import GenerationOptions
 
@@ -119,13 +127,21 @@ def describe(
         "stop": stop or (),
         "system": system,
         "kv_bits": kv_bits,
+        "resolution": resolution,
+        "fit": fit and fit.value,
         **answer_form(json_schema, choices),
     }
     GenerationOptions(**options)
+    grids = tile_grids(tile_grid, fit)
+    if is_video(image):
+        if more_images or grids is not None or image_cache:
+            raise OptionError("A video is described by itself: leave out --image, --tile-grid and --image-cache.")
+        describe_video(image, question, model, options, dtype=dtype, revision=revision, as_json=as_json, stats=stats)
+        return
     pictures = [_read_picture(name) for name in (image, *(more_images or ()))]
     loaded, processor = load_model(model, dtype, revision)
-    if fit is not None:
-        processor.image_processor = dataclasses.replace(processor.image_processor, fit=fit.value)
+    if grids is not None:
+        processor.tile(grids)
     reuse = _kept_rows(loaded, processor) if image_cache else None
     responses = stream_generate(loaded, processor, question, image=pictures, reuse=reuse, **options)
     text = ""

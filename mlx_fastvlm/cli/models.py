@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ import typer
 
 from mlx_fastvlm.cli.terminal import DType, Revision, progress, say
 from mlx_fastvlm.errors import CheckpointError, OptionError
+
+_MEASURED_ANSWERS = 3  # of each resolution, after one that is not counted
 
 
 class Layout(str, Enum):
@@ -315,14 +318,40 @@ def _report(folder: Path) -> None:
 
 def info(
     model: Annotated[str, typer.Argument(help='Hub id, model folder, or "demo".')],
+    resolution: Annotated[
+        bool, typer.Option("--resolution", help="Show what each resolution costs: tokens, predicted times.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also measure it, on this machine; with --resolution.")
+    ] = False,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a model is: sizes, parameters by part, type, where it came from."""
+    """Show what a model is: sizes, parameters by part, type, where it came from; or what resolutions cost."""
     from mlx_fastvlm.loading import resolve_model
     from mlx_fastvlm.model_info import describe_model, format_model_info
 
+    if measure and not resolution:
+        raise OptionError("--measure is about resolutions; give --resolution too.")
     with progress() as on_progress:
         folder = resolve_model(model, revision, on_progress)
+    if resolution:
+        _show_costs(folder, measure, as_json)
+        return
     facts = describe_model(folder)
     say(json.dumps(facts, indent=2) if as_json else format_model_info(facts))
+
+
+def _show_costs(folder: Path, measure: bool, as_json: bool) -> None:
+    from mlx_fastvlm.benchmarks.resolution import add_measured, cost_table, format_costs
+    from mlx_fastvlm.config import FastVLMConfig
+    from mlx_fastvlm.loading import load
+
+    config = FastVLMConfig.from_folder(folder)
+    costs = cost_table(config)
+    if measure:
+        with progress() as on_progress:
+            on_answer = partial(on_progress, "Measuring")
+            add_measured(costs, *load(folder), repeat=_MEASURED_ANSWERS, on_answer=on_answer)
+    trained = config.vision_config.image_size
+    say(json.dumps({"trained": trained, "resolutions": costs}, indent=2) if as_json else format_costs(costs, trained))

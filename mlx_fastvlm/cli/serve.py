@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_fastvlm.cli.options import ComputeDType, FitOption
+from mlx_fastvlm.cli.options import ComputeDType, Fit, FitOption
 from mlx_fastvlm.cli.terminal import DType, Revision, load_model, say
-from mlx_fastvlm.errors import OptionError
+from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.loading import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -79,6 +81,9 @@ def serve(
         raise OptionError(
             f"With --host {host} others can reach this server; choose a key for them: --api-key or {_API_KEY}."
         )
+    _check_key(api_key)
+    if fit is Fit.tiles:
+        raise OptionError("The server cannot show pictures in tiles; choose --fit pad, crop or native.")
     _check_installed()
 
     from mlx_fastvlm.server.app import create_app
@@ -107,7 +112,8 @@ def serve(
             cors_origins=cors_origin or (),
         )
         say(_greeting(host, listener.getsockname()[1], [served.model_id for served in models], bool(api_key)))
-        with suppress(KeyboardInterrupt):  # the server has ended by then
+        with warnings.catch_warnings(), suppress(KeyboardInterrupt):  # the server has ended by then
+            warnings.simplefilter("ignore", FastVLMWarning)  # of what clients choose, which its log need not tell
             Server(app, limits.grace_seconds).run(sockets=[listener])
     say("Stopped.")
 
@@ -116,7 +122,7 @@ def _load(model: str, defaults: Mapping[str, Any], dtype: DType | None, revision
     from mlx_fastvlm.server.app import ServedModel
 
     loaded, processor = load_model(model, dtype, revision)
-    processor.image_processor.at(**defaults)  # says now if that cannot be had
+    processor.images_at(defaults.get("resolution"), defaults.get("fit"))  # says now what is wrong with that
     return ServedModel(_public_name(model), loaded, processor, defaults)
 
 
@@ -128,6 +134,13 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_key(api_key: str | None) -> None:
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise OptionError(
+            "The API key cannot travel in a header as it is; choose one of ASCII letters, digits and signs, no spaces."
+        )
 
 
 def _check_installed() -> None:

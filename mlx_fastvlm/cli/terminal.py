@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_fastvlm.model import FastVLM
     from mlx_fastvlm.processor import Processor
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _FEWEST_BYTES = 100_000  # a total below it counts steps: no model is that small
 
 
@@ -46,6 +48,16 @@ def say(text: str, end: str = "\n") -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its exit
         raise typer.Exit(0) from None
+
+
+def tell(message: str) -> None:
+    """Print a line to stderr."""
+    print(message, file=sys.stderr)
+
+
+def on_one_line(text: str) -> str:
+    """`text` with escapes for control characters: names may hold line ends, tabs, and what commands a terminal."""
+    return _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
 
 
 def load_model(model: str, dtype: DType | None, revision: str | None) -> tuple[FastVLM, Processor]:
@@ -100,7 +112,7 @@ def progress() -> Iterator[OnProgress]:
 
 
 @contextmanager
-def counting(total: int, unit: str, *, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+def counting(total: int, unit: str, *, visible: bool = True) -> Iterator[Callable[..., None]]:
     """A bar on stderr, if that is a terminal, for work on `total` things of one kind.
 
     Args:
@@ -109,7 +121,7 @@ def counting(total: int, unit: str, *, visible: bool = True) -> Iterator[Callabl
         visible: False shows no bar in any case.
 
     Yields:
-        To be called with how many are done, and how many of these are bad.
+        To be called with how many are done, how many of these are bad, and what else there is to say.
     """
     from rich.console import Console  # imported here: rich takes 50 ms
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -123,9 +135,10 @@ def counting(total: int, unit: str, *, visible: bool = True) -> Iterator[Callabl
         task = bar.add_task(unit, total=total)
         start = time.monotonic()
 
-        def report(done: int, bad: int) -> None:
+        def report(done: int, bad: int = 0, note: str = "") -> None:
             rate = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, description=f"{rate:.1f} {unit}/s" + (f", {bad} bad" if bad else ""))
+            said = [f"{rate:.1f} {unit}/s", f"{bad} bad" if bad else "", note]
+            bar.update(task, completed=done, description=", ".join(filter(None, said)))
 
         yield report
 
