@@ -205,6 +205,8 @@ def test_the_model_is_listed(live, demo):
     assert card.mlx_fastvlm == {
         "resolution": 256,
         "default_resolution": 256,
+        "fit": "pad",
+        "default_fit": "pad",
         "min_resolution": resolutions[0],
         "max_resolution": resolutions[-1],
         "resolution_step": 64,
@@ -247,11 +249,12 @@ def test_two_models_of_one_name_are_refused(demo):
 
 @pytest.mark.filterwarnings("ignore:This model was trained")
 def test_what_a_request_leaves_open_is_as_the_server_was_told(demo, library):
-    with serving(*demo, defaults={"resolution": 320}) as live:
+    with serving(*demo, defaults={"resolution": 320, "fit": "native"}) as live:
+        card = live.openai().models.retrieve("demo").mlx_fastvlm
+        assert (card["default_resolution"], card["default_fit"]) == (320, "native")
         chosen, own = live.ask(QUESTION, SHAPES), live.ask(QUESTION, SHAPES, extra_body={"resolution": 256})
-        assert text_of(chosen) == text_of(library(QUESTION, SHAPES, resolution=320))
+        assert text_of(chosen) == text_of(library(QUESTION, SHAPES, resolution=320, fit="native"))
         assert chosen.usage.prompt_tokens - own.usage.prompt_tokens == 5**2 - 4**2
-        assert live.openai().models.retrieve("demo").mlx_fastvlm["default_resolution"] == 320
 
 
 def test_health_and_figures(live):
@@ -346,6 +349,7 @@ IMAGE_AT = "messages[0].content[1].image_url.url"
         ({"messages": [{**user("a", SHAPES), "role": "system"}]}, "messages[0].content", "only the user's"),
         ({"messages": [user("What is <image>?")]}, "messages[0].content", "reword"),
         ({"messages": [user("word " * 2000)]}, "messages", "context"),
+        ({"messages": [user("a" * 10**6)]}, "messages", "1000000 characters"),
         ({"model": 5}, "model", "string"),
         ({"max_tokens": "5"}, "max_tokens", "integer"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),

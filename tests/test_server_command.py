@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from mlx_fastvlm import loading
+from mlx_fastvlm.cli.options import Fit
 from mlx_fastvlm.cli.serve import serve
 from mlx_fastvlm.errors import OptionError
-from tests.live_server import long_answer, openai_or_skip, user
+from tests.live_server import example, long_answer, openai_or_skip, user
 
 openai = openai_or_skip()
 
@@ -67,6 +68,8 @@ def test_it_says_how_to_call_it_and_ends_with_ctrl_c_though_a_client_listens():
         assert "s3cret" not in greeting and "Bearer" in greeting
         with pytest.raises(openai.AuthenticationError):
             client(greeting, "wrong").models.list()
+        asked = {"model": "demo", "messages": [user("Hello", example("word.png"))], "max_tokens": 1}
+        client(greeting, "s3cret").chat.completions.create(**asked, extra_body={"resolution": 320})  # not worth a note
         stream = long_stream(client(greeting, "s3cret"))
         next(stream)
         server.send_signal(signal.SIGINT)
@@ -152,7 +155,15 @@ def test_several_models_and_how_they_see_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"), [("resolution", 300, "multiple of 64"), ("max_image_mp", 0, "max_image_mp is 0")]
+    ("option", "value", "words"),
+    [
+        ("resolution", 300, "multiple of 64"),
+        ("fit", Fit.tiles, "--fit pad, crop or native"),
+        ("max_image_mp", 0, "max_image_mp is 0"),
+        ("api_key", "sésame", "ASCII"),
+        ("api_key", "open sesame", "no spaces"),
+        ("api_key", "", "ASCII"),
+    ],
 )
 def test_what_cannot_be_had_is_said_at_the_start(option, value, words):
     with pytest.raises(OptionError, match=words):

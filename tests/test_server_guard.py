@@ -4,6 +4,8 @@ import http.server
 import ipaddress
 import socket
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import jsonschema
@@ -219,7 +221,7 @@ def test_addresses_that_are(address):
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """Serves a picture, a redirect to it, one to elsewhere, one to itself, and too much."""
+    """Serves a picture, a redirect to it, one to elsewhere, one to itself, too much, and too slowly."""
 
     asked: list[tuple[str, str]] = []
 
@@ -229,11 +231,24 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.send_response(302 if self.path in places else 200 if self.path != "/missing" else 404)
         if self.path in places:
             self.send_header("Location", places[self.path])
+        if self.path == "/slow-headers":
+            self.trickle(b"X-Slow: ")
+            return
         self.end_headers()
+        if self.path == "/slow-body":
+            self.trickle(b"")
         if self.path == "/picture.png":
             self.wfile.write(example("word.png"))
         if self.path == "/large":
             self.wfile.write(b"\0" * 2**21)
+
+    def trickle(self, beginning):
+        self.flush_headers()
+        self.wfile.write(beginning)
+        with suppress(OSError):  # the client has enough
+            for _ in range(40):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
 
     def log_message(self, *args):
         pass
@@ -266,6 +281,14 @@ def test_a_picture_is_fetched_and_redirects_are_followed(site):
 def test_what_is_not_fetched(site, path, words):
     with pytest.raises(ImageError, match=words):
         fetch(site + path)
+
+
+@pytest.mark.parametrize("path", ["/slow-headers", "/slow-body"])
+def test_what_trickles_in_is_given_up_in_time(site, path):
+    start = time.monotonic()
+    with pytest.raises(ImageError, match="takes too long"):
+        fetch_image(site + path, max_mb=1, max_seconds=0.5, may_reach=is_this_machine)
+    assert time.monotonic() - start < 3
 
 
 def test_a_name_is_judged_by_its_address_and_asked_for_once(site, monkeypatch):

@@ -275,6 +275,8 @@ def _card(served: ServedModel, limits: Limits) -> dict[str, Any]:
     facts = {
         "resolution": image_processor.image_size,
         "default_resolution": served.defaults.get("resolution", image_processor.image_size),
+        "fit": image_processor.fit,
+        "default_fit": served.defaults.get("fit", image_processor.fit),
         "min_resolution": resolutions[0],
         "max_resolution": resolutions[-1],
         "resolution_step": resolutions.step,

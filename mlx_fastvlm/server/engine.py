@@ -128,25 +128,30 @@ class Engine:
 
     def _compile_forms(self) -> None:
         """The second thread: moves jobs from one queue to the other."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._formless or self._closed)
-                if self._closed:
-                    return
-                job = self._formless.take()
-            if job.cancelled:
-                self._metrics.unanswered("cancelled")
-                continue
-            try:
-                job.draw = make_draw(self._processor, job.question.options)
-                self._put(job, self._queue)
-            except ApiError as error:
-                self._fail(job, error)
-            except FastVLMError as error:
-                self._fail(job, from_library(error))
-            except Exception:
-                _log.exception("A form could not be compiled.")
-                self._fail(job, internal())
+        while self._compile_next():
+            pass
+
+    def _compile_next(self) -> bool:
+        """Compile the form of one job, once there is one. False when it is time to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._formless or self._closed)
+            if self._closed:
+                return False
+            job = self._formless.take()
+        if job.cancelled:
+            self._metrics.unanswered("cancelled")
+            return True
+        try:
+            job.draw = make_draw(self._processor, job.question.options)
+            self._put(job, self._queue)
+        except ApiError as error:
+            self._fail(job, error)
+        except FastVLMError as error:
+            self._fail(job, from_library(error))
+        except Exception:
+            _log.exception("A form could not be compiled.")
+            self._fail(job, internal())
+        return True
 
     def _check_open(self) -> None:
         if self.failure is not None:

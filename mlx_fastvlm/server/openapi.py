@@ -82,16 +82,19 @@ _MESSAGE = _object(
         "usage": _MESSAGES_USAGE,
     }
 )
-_FACTS = (
-    "resolution default_resolution min_resolution max_resolution resolution_step max_tokens max_images context_length"
-).split()
+_FACTS = {
+    **dict.fromkeys(("resolution", "default_resolution"), _COUNT),
+    **dict.fromkeys(("fit", "default_fit"), _one_of("pad", "crop", "native")),
+    **dict.fromkeys(("min_resolution", "max_resolution", "resolution_step"), _COUNT),
+    **dict.fromkeys(("max_tokens", "max_images", "context_length"), _COUNT),
+}
 _CARD = _object(
     {
         "id": _TEXT,
         "object": _one_of("model"),
         "created": _COUNT,
         "owned_by": _TEXT,
-        "mlx_fastvlm": _object({name: _COUNT for name in _FACTS}),
+        "mlx_fastvlm": _object(_FACTS),
     }
 )
 _ERROR = _object(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_fastvlm.answer import StageClock
-from mlx_fastvlm.errors import FastVLMError
+from mlx_fastvlm.errors import ContextError, FastVLMError
 from mlx_fastvlm.generate import check_context, count_positions
 from mlx_fastvlm.image_content import ImageContent
 from mlx_fastvlm.image_features import image_rows
@@ -21,6 +21,8 @@ from mlx_fastvlm.server.job import Question
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.pictures import Pictures
 from mlx_fastvlm.server.token_logprobs import TokenTexts
+
+_CHARACTERS_A_TOKEN = 16  # on average, at most; English has four or five
 
 
 class Reader:
@@ -49,6 +51,7 @@ class Reader:
     async def question(self, asked: Asked, client: str, clock: StageClock) -> Question:
         """Read the images and tokenize the words; the stages are booked on `clock`. Raises ApiError."""
         self._check_length(asked)
+        self._check_words(asked)
         options = self._options(asked, max_tokens=1)  # what is wrong there is said before any work
         image_processor = self._image_processor(options)
         images = await self._pictures.read(asked.images, image_processor, client, clock)
@@ -108,3 +111,13 @@ class Reader:
                 f"{asked.max_tokens} tokens are asked for; this server's answers have at most {self._limits.max_tokens}.",
                 asked.max_tokens_field,
             )
+
+    def _check_words(self, asked: Asked) -> None:
+        """Refuse at once what cannot fit: the tokenizer would take a minute and gigabytes for all that a request holds."""
+        characters = sum(len(part["text"]) for turn in asked.messages for part in turn["content"] if "text" in part)
+        if characters > _CHARACTERS_A_TOKEN * self._context:
+            message = (
+                f"The messages have {characters} characters; the model's context holds {self._context} tokens, and "
+                f"{_CHARACTERS_A_TOKEN * self._context} characters are taken for them at most. Shorten the prompt."
+            )
+            raise from_library(ContextError(message))

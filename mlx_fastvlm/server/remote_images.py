@@ -7,9 +7,9 @@ people who may reach those addresses anyway.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
-import time
 from collections.abc import Callable
 
 import httpx
@@ -37,7 +37,7 @@ def is_public(address: Address) -> bool:
 
 
 def fetch_image(url: str, max_mb: float, max_seconds: float, may_reach: Callable[[Address], bool] = is_public) -> bytes:
-    """Download what a client's URL names.
+    """Download what a client's URL names. Not from an event loop's thread.
 
     Args:
         url: http:// or https://.
@@ -48,69 +48,66 @@ def fetch_image(url: str, max_mb: float, max_seconds: float, may_reach: Callable
     Raises:
         ImageError: it leads to an address that is not public, fails, is too large or takes too long.
     """
-    deadline = time.monotonic() + max_seconds
+    # In a loop of its own, all of it ends in time; a socket's timeout begins anew with each byte that trickles in.
+    try:
+        return asyncio.run(asyncio.wait_for(_fetch(url, int(max_mb * 2**20), may_reach), max_seconds))
+    except asyncio.TimeoutError:
+        raise ImageError(f"{source_name(url)} cannot be fetched: it takes too long.") from None
+
+
+async def _fetch(url: str, max_bytes: int, may_reach: Callable[[Address], bool]) -> bytes:
     # trust_env: a proxy would resolve the name again, where nobody judges the address.
-    with httpx.Client(trust_env=False, follow_redirects=False) as client:
+    async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=None) as client:
         for _ in range(_MAX_REDIRECTS + 1):
             try:
-                target, body = _get(client, httpx.URL(url), int(max_mb * 2**20), deadline, may_reach)
+                target, body = await _get(client, httpx.URL(url), max_bytes, may_reach)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-                reason = "it takes too long" if isinstance(error, httpx.TimeoutException) else "the request failed"
-                raise ImageError(f"{source_name(url)} cannot be fetched: {reason}.") from error
+                raise ImageError(f"{source_name(url)} cannot be fetched: the request failed.") from error
             if target is None:
                 return body
             url = target
     raise ImageError(f"{source_name(url)} cannot be fetched: it redirects more than {_MAX_REDIRECTS} times.")
 
 
-def _get(
-    client: httpx.Client, url: httpx.URL, max_bytes: int, deadline: float, may_reach: Callable[[Address], bool]
+async def _get(
+    client: httpx.AsyncClient, url: httpx.URL, max_bytes: int, may_reach: Callable[[Address], bool]
 ) -> tuple[str | None, bytes]:
     """Where a URL redirects to, or None and what it gives."""
     name = source_name(str(url))
     if url.scheme not in ("http", "https") or not url.host:
         raise ImageError(f"{name} cannot be fetched: it is no http:// or https:// URL.")
-    address = _resolve(url, name, may_reach)
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise _too_slow(name)
+    address = await _resolve(url, name, may_reach)
     request = client.build_request(
         "GET",
         url.copy_with(host=str(address), userinfo=b""),
         headers={**_HEADERS, "Host": url.netloc.decode("ascii")},
         extensions={"sni_hostname": url.raw_host.decode("ascii")},  # whose certificate is expected
-        timeout=left,
     )
-    response = client.send(request, stream=True)
+    response = await client.send(request, stream=True)
     try:
         if response.has_redirect_location:
             return str(url.join(response.headers["Location"])), b""
         if not response.is_success:
             raise ImageError(f"{name} cannot be fetched: the answer is {response.status_code}.")
-        return None, _body(response, name, max_bytes, deadline)
+        return None, await _body(response, name, max_bytes)
     finally:
-        response.close()
+        await response.aclose()
 
 
-def _resolve(url: httpx.URL, name: str, may_reach: Callable[[Address], bool]) -> Address:
+async def _resolve(url: httpx.URL, name: str, may_reach: Callable[[Address], bool]) -> Address:
     """The first of a host's addresses. If one is not public, none is used."""
-    found = socket.getaddrinfo(url.host, url.port or url.scheme, type=socket.SOCK_STREAM)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(url.host, url.port or url.scheme, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(where[0].partition("%")[0]) for *_, where in found]
     if not addresses or not all(may_reach(address) for address in addresses):
         raise ImageError(f"{name} cannot be fetched: it is not on the public internet.")
     return addresses[0]
 
 
-def _body(response: httpx.Response, name: str, max_bytes: int, deadline: float) -> bytes:
+async def _body(response: httpx.Response, name: str, max_bytes: int) -> bytes:
     data = bytearray()
-    for piece in response.iter_raw():
+    async for piece in response.aiter_raw():
         data += piece
         if len(data) > max_bytes:
             raise ImageError(f"{name} cannot be fetched: it is larger than {max_bytes / 2**20:g} MiB.")
-        if time.monotonic() > deadline:
-            raise _too_slow(name)
     return bytes(data)
-
-
-def _too_slow(name: str) -> ImageError:
-    return ImageError(f"{name} cannot be fetched: it takes too long.")

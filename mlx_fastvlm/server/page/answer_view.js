@@ -4,6 +4,7 @@ import { byId, element } from "./dom.js";
 
 const STATES = {
   idle: "Idle",
+  watching: "Watching",
   processing: "Processing prompt",
   generating: "Generating",
   waiting: "Waiting",
@@ -27,6 +28,7 @@ const ENDINGS = { length: "cut at the token limit", stopped: "stopped" };
 export class AnswerView {
   #session;
   #shown = null;
+  #isWatching = false; // whether frames are asked about, those that the gate lets pass
 
   constructor(session) {
     this.#session = session;
@@ -37,17 +39,21 @@ export class AnswerView {
     this.#showState();
   }
 
-  /** Answers a second and frames held back, of the loop over a video. */
-  showLoop({ rate, held }) {
+  /** Answers a second and frames held back, of the loop over a video, and whether it runs. */
+  showLoop({ rate, held, isRunning }) {
+    if (isRunning !== this.#isWatching) {
+      this.#isWatching = isRunning;
+      this.#showState();
+    }
     byId("rate").textContent = rate === null ? "–" : rate.toFixed(rate < 10 ? 1 : 0);
     byId("held").textContent = held;
   }
 
   #showState() {
     const { state, problem } = this.#session;
-    const pill = byId("state");
-    pill.dataset.state = state;
-    byId("state-text").textContent = STATES[state];
+    const shown = state === "idle" && this.#isWatching ? "watching" : state;
+    byId("state").dataset.state = shown;
+    byId("state-text").textContent = STATES[shown];
     byId("answer").setAttribute("aria-busy", String(this.#session.isBusy));
     byId("waiting").textContent = state === "waiting" || state === "reconnecting" ? problem : "";
   }

@@ -134,6 +134,7 @@ async function* serverSentEvents(stream, signal) {
   try {
     for (;;) {
       const { done, value } = await reader.read();
+      signal?.throwIfAborted(); // what was on its way already is not wanted either
       if (done) return;
       const events = (text + value).split(/\r?\n\r?\n/);
       text = events.pop();

@@ -11,6 +11,7 @@ export class Camera {
   #video;
   #onEnded;
   #stream = null;
+  #attempt = 0; // the number of the latest start, or of the stop after it
 
   /**
    * @param video the element.
@@ -42,26 +43,25 @@ export class Camera {
    *
    * @param deviceId which; without one, or when it is gone, `facing` or the browser decides.
    * @param facing "user" or "environment".
+   * @returns whether it is shown: not if it was stopped, or something else started, before the browser had it.
    * @throws CameraError
    */
   async start({ deviceId, facing } = {}) {
     const wish = deviceId ? { deviceId: { exact: deviceId } } : facing ? { facingMode: { ideal: facing } } : {};
-    this.stop(); // some phones lend one camera at a time
     const devices = needed(navigator.mediaDevices, "getUserMedia");
     try {
-      await this.#show("camera", await devices.getUserMedia({ video: { ...IDEAL, ...wish }, audio: false }));
+      return await this.#show("camera", () => devices.getUserMedia({ video: { ...IDEAL, ...wish }, audio: false }));
     } catch (error) {
       if (deviceId && error.name === "OverconstrainedError") return this.start({ facing });
       throw explained(error);
     }
   }
 
-  /** Show the screen, or the window that the user picks. Throws CameraError. */
+  /** Show the screen, or the window that the user picks. Returns and throws as `start`. */
   async share() {
-    this.stop();
     const devices = needed(navigator.mediaDevices, "getDisplayMedia");
     try {
-      await this.#show("screen", await devices.getDisplayMedia({ video: true, audio: false }));
+      return await this.#show("screen", () => devices.getDisplayMedia({ video: true, audio: false }));
     } catch (error) {
       throw new CameraError(
         error.name === "NotAllowedError" ? NOTHING_SHARED : `The screen is not shown: ${error.message}`,
@@ -71,6 +71,7 @@ export class Camera {
   }
 
   stop() {
+    this.#attempt += 1;
     for (const track of this.#stream?.getTracks() ?? []) {
       track.onended = null;
       track.stop();
@@ -84,16 +85,29 @@ export class Camera {
     return devices.filter(({ kind }) => kind === "videoinput");
   }
 
-  async #show(kind, stream) {
-    this.stop(); // of two that were asked for at once, the later stays
-    this.#stream = stream;
-    this.kind = kind;
-    this.#track.onended = () => {
+  async #show(kind, request) {
+    this.stop(); // some phones lend one camera at a time
+    const attempt = this.#attempt;
+    try {
+      const stream = await request();
+      if (attempt !== this.#attempt) {
+        for (const track of stream.getTracks()) track.stop();
+        return false;
+      }
+      this.#stream = stream;
+      this.kind = kind;
+      this.#track.onended = () => {
+        this.stop();
+        this.#onEnded();
+      };
+      this.#video.srcObject = stream;
+      await this.#video.play();
+    } catch (error) {
+      if (attempt !== this.#attempt) return false; // what nobody wants any more may fail as it likes
       this.stop();
-      this.#onEnded();
-    };
-    this.#video.srcObject = stream;
-    await this.#video.play();
+      throw error;
+    }
+    return true;
   }
 }
 

@@ -22,7 +22,6 @@ import { bindTheme, nextTheme } from "./theme.js";
 
 const TYPING_MS = 800; // without a key, after which a question is taken for whole
 const NO_SERVER = "The server does not answer. Start it with mlx-fastvlm serve; the page goes on by itself.";
-
 const NO_PICTURE = "That is no picture. JPEG, PNG, WebP, GIF, HEIC and PDF files can be asked about, among others.";
 
 const video = byId("video");
@@ -107,7 +106,7 @@ async function showLive(start) {
   stop();
   live.unwatch();
   try {
-    await start();
+    if (!(await start())) return; // something else was chosen meanwhile
   } catch (error) {
     if (!(error instanceof CameraError)) throw error;
     notices.show("stage", error.message);
@@ -243,16 +242,20 @@ function loadModels() {
 }
 
 async function askForModels() {
+  try {
+    settingsView.offer(await patientlyAskForModels());
+    notices.dismiss("server");
+  } catch (error) {
+    notices.show("server", error.message, { action: { label: "Try again", run: loadModels } });
+  }
+}
+
+async function patientlyAskForModels() {
   for (;;) {
     try {
-      settingsView.offer(await api.models());
-      notices.dismiss("server");
-      return;
+      return await api.models();
     } catch (error) {
-      if (!(error instanceof ServerGone)) {
-        notices.show("server", error.message, { action: { label: "Try again", run: loadModels } });
-        return;
-      }
+      if (!(error instanceof ServerGone)) throw error;
       notices.show("server", NO_SERVER);
       await api.untilBack();
     }

@@ -9,6 +9,7 @@
 const SENT_AS_IT_IS = /^image\/(jpeg|png|webp|gif|bmp)$/; // of other types a copy is sent, if the browser can make one
 const UNTYPED = /\.hei[cf]$/i; // most systems know no type for them
 const SENT_BYTES = 1.5 * 2 ** 20; // eight such files fit into one request
+const SENT_PIXELS = 2 ** 24; // a small file can hold many, which take the server as long as those of a large one
 const FRAME_QUALITY = 0.92;
 const COPY_QUALITY = 0.95;
 const THUMBNAIL_SIDE = 160;
@@ -25,7 +26,7 @@ export async function pictureOf(file) {
   const preview = URL.createObjectURL(file);
   const image = await decoded(preview);
   if (image === null) URL.revokeObjectURL(preview);
-  const isSentAsItIs = image === null || (SENT_AS_IT_IS.test(file.type) && file.size <= SENT_BYTES);
+  const isSentAsItIs = image === null || (SENT_AS_IT_IS.test(file.type) && isSmall(file, image));
   const sent = new Map(); // by what makes a difference
   const dataUrl = (view) => {
     const kind = isSentAsItIs ? "original" : `${view.resolution} ${view.fit}`;
@@ -44,6 +45,10 @@ export async function pictureOf(file) {
 export function picturesIn(transfer) {
   const isPicture = ({ type, name }) => /^image\/|^application\/pdf$/.test(type) || UNTYPED.test(name);
   return [...(transfer?.files ?? [])].filter(isPicture);
+}
+
+function isSmall(file, image) {
+  return file.size <= SENT_BYTES && image.naturalWidth * image.naturalHeight <= SENT_PIXELS;
 }
 
 async function decoded(url) {

@@ -6,8 +6,8 @@ const NAME = "mlx-fastvlm.settings";
 
 const DEFAULTS = Object.freeze({
   model: "", // "": the server's first
-  resolution: 0, // pixels a side; 0: what the model was trained with
-  fit: "pad", // how a picture comes to that square: "pad", "crop" or "native"
+  resolution: 0, // pixels a side; 0: the server's choice for the model
+  fit: "", // how a picture comes to that square: "pad", "crop" or "native"; "": the server's choice
   maxTokens: 240,
   temperature: 0,
   mode: "continuous", // or "single"

@@ -4,6 +4,7 @@ import { byId, element } from "./dom.js";
 
 const PIXELS_A_TOKEN = 64; // a side
 const RESOLUTIONS = [256, 384, 512, 640, 768, 1024, 1280, 1536, 2048];
+const FITS = { pad: "Whole picture on a square", native: "Whole picture, no empty bars", crop: "Central square only" };
 const NO_FACTS = { max_tokens: 1024, max_images: 1 }; // until the server has told
 
 /** Binds `Settings` to the controls, and answers what is to be asked of the server. */
@@ -16,7 +17,6 @@ export class SettingsView {
     bindChoice(settings, "model", byId("model"), String);
     bindChoice(settings, "resolution", byId("resolution"), Number);
     bindChoice(settings, "fit", byId("fit"), String);
-    settings.follow("fit", (fit) => (byId("fit").value = fit));
     bindNumber(settings, "maxTokens", byId("max-tokens"));
     bindNumber(settings, "temperature", byId("temperature"));
     bindSwitch(settings, "askAtOnce", byId("ask-at-once"));
@@ -27,7 +27,7 @@ export class SettingsView {
     settings.follow("model", () => this.#showModel());
   }
 
-  /** What the server tells of the model: `resolution`, `max_tokens`, `max_images` and others. */
+  /** What the server tells of the model: `resolution`, in which it was trained, `max_tokens` and others. */
   get facts() {
     return this.#card?.mlx_fastvlm ?? NO_FACTS;
   }
@@ -38,7 +38,7 @@ export class SettingsView {
 
   /** What the model is to see of a picture. */
   get view() {
-    return { resolution: this.#resolution, fit: this.#settings.get("fit") };
+    return { resolution: this.#resolution, fit: this.#settings.get("fit") || this.facts.default_fit };
   }
 
   get maxTokens() {
@@ -58,28 +58,36 @@ export class SettingsView {
 
   get #resolution() {
     const chosen = this.#settings.get("resolution");
-    return this.#resolutions.includes(chosen) ? chosen : this.facts.resolution;
+    return this.#resolutions.includes(chosen) ? chosen : this.facts.default_resolution;
   }
 
   get #resolutions() {
-    const { resolution, min_resolution: least, max_resolution: most, resolution_step: step } = this.facts;
+    const { min_resolution: least, max_resolution: most, resolution_step: step } = this.facts;
     const possible = RESOLUTIONS.filter((side) => least <= side && side <= most && side % step === 0);
-    return [...new Set([...possible, resolution])].sort((one, other) => one - other);
+    const named = [this.facts.resolution, this.facts.default_resolution];
+    return [...new Set([...possible, ...named])].sort((one, other) => one - other);
   }
 
   #showModel() {
     if (this.#cards.length === 0) return;
     byId("model").value = this.model;
     byId("max-tokens").max = this.facts.max_tokens;
+    byId("max-tokens").value = this.maxTokens;
     byId("max-images").textContent = this.facts.max_images;
     byId("resolution").replaceChildren(...this.#resolutions.map((side) => this.#resolutionChoice(side)));
     byId("resolution").value = this.#resolution;
+    byId("fit").replaceChildren(...Object.keys(FITS).map((fit) => this.#fitChoice(fit)));
+    byId("fit").value = this.view.fit;
   }
 
   #resolutionChoice(side) {
     const tokens = (side / PIXELS_A_TOKEN) ** 2;
     const trained = side === this.facts.resolution ? ", as trained" : "";
     return element("option", { value: side }, `${side} px, ${tokens.toLocaleString("en")} tokens${trained}`);
+  }
+
+  #fitChoice(fit) {
+    return element("option", { value: fit }, FITS[fit] + (fit === this.facts.fit ? ", as trained" : ""));
   }
 }
 

@@ -8,6 +8,7 @@ export class Stage {
   #onPictures;
   #onOther;
   #pictures = [];
+  #taken = 0; // how often pictures were brought
 
   /**
    * @param onPictures called when the user has brought pictures, which are shown by then.
@@ -61,13 +62,18 @@ export class Stage {
   }
 
   #forgetPictures() {
-    for (const { preview } of this.#pictures) if (preview) URL.revokeObjectURL(preview);
+    forget(this.#pictures);
     this.#pictures = [];
   }
 
   async #take(files) {
     if (files.length === 0) return;
+    const taken = (this.#taken += 1);
     const pictures = await Promise.all(files.map(pictureOf));
+    if (taken !== this.#taken) {
+      forget(pictures); // others that were brought later are there already, or will be
+      return;
+    }
     this.#forgetPictures();
     this.#pictures = pictures;
     document.body.dataset.several = String(pictures.length > 1);
@@ -113,4 +119,8 @@ export class Stage {
       else this.#onOther();
     });
   }
+}
+
+function forget(pictures) {
+  for (const { preview } of pictures) if (preview) URL.revokeObjectURL(preview);
 }
