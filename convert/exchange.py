@@ -56,14 +56,6 @@ def convert_to(
             check_room(work.parent, 2 * sum(found.tensors.nbytes(name) for name in found.tensors.names()))
             make_folder(work)
             convert(source, work / "converted", **origin, on_progress=on_progress)
-            return export(
-                work / "converted",
-                destination,
-                layout,
-                dtype=dtype,
-                force=force,
-                source=found.tensors,
-                on_progress=on_progress,
-            )
+            return export(work / "converted", destination, layout, dtype=dtype, force=force, on_progress=on_progress)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -25,19 +25,20 @@ from mlx_fastvlm.safetensors_file import DTYPE_NAMES
 from .archive import check_links
 from .aside import check_apart, check_destination, check_room, read_notes, write_json, written_aside
 from .checkpoint import Checkpoint
+from .clip_head import CLIP_HEAD, kept_clip_head
 from .licenses import NO_LICENSE
 from .model_card import write_export_card
 from .pipeline import PREPROCESSOR, check_dtype, copy_notices
 from .record import model_files, stamp
 from .tensors import Combined, Tensors, row_blocks
 from .tokenizer import write_tokenizer
-from .unfold import CLIP_HEAD, Exported, Shapes, Unfolded, hub_tensors, mlx_vlm_tensors
+from .unfold import Exported, Shapes, Unfolded, hub_tensors, mlx_vlm_tensors
 from .weights import parameter_shapes
 from .writer import SafetensorsWriter, Spec, stored_bytes
 
 RECORD = "export.json"  # where an export says what it is made of, and what its user should know
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
-_NO_CLIP_HEAD = "CLIP's projection head, which FastVLM does not use, is not in a converted folder"
+_NO_CLIP_HEAD = "CLIP's projection head, which answers do not need, is not in the converted folder"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
-    source: Tensors | None = None,
+    with_clip_head: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Write a converted folder in another program's layout.
@@ -86,8 +87,7 @@ def export(
         dtype: "float32", "float16" or "bfloat16" to store; None keeps the folder's.
         max_shard_bytes: larger weights are split into files of at most this size, but never within a tensor.
         force: replace `destination` if it exists.
-        source: the checkpoint that `folder` was converted from, under LlavaQwen2's names; CLIP's unused head is taken
-            from it.
+        with_clip_head: whether CLIP's head goes along, where `folder` has it.
         on_progress: called with (what is being done, bytes done, bytes in all).
 
     Returns:
@@ -107,7 +107,7 @@ def export(
     config = FastVLMConfig.from_dict(raw_config)
     if layout == "mlx-vlm":
         _refuse_other_towers(config.vision_config)
-    stored, shapes = _read(folder, config, source)
+    stored, shapes = _read(folder, config, with_clip_head)
     target = _TARGETS[layout]
     exported = target.tensors(config, shapes)
     view = Unfolded(stored, exported)
@@ -155,8 +155,8 @@ def _refuse_other_towers(config: VisionConfig) -> None:
         )
 
 
-def _read(folder: Path, config: FastVLMConfig, source: Tensors | None) -> tuple[Tensors, dict[str, tuple[int, ...]]]:
-    """The folder's tensors, checked against its config.json, and CLIP's head where the source has it."""
+def _read(folder: Path, config: FastVLMConfig, with_clip_head: bool) -> tuple[Tensors, dict[str, tuple[int, ...]]]:
+    """The folder's tensors, checked against its config.json, and CLIP's head if there is one and it is wanted."""
     stored: Tensors = Checkpoint(folder)
     shapes = parameter_shapes(config)
     found = {name: stored.shape(name) for name in stored.names()}
@@ -166,9 +166,10 @@ def _read(folder: Path, config: FastVLMConfig, source: Tensors | None) -> tuple[
             f"{folder} does not fit its config.json ({strange[0]}: {found.get(strange[0])} is stored, "
             f"{shapes.get(strange[0])} expected); convert the model again."
         )
-    if source is not None and CLIP_HEAD in source:
-        return Combined(stored, source), {**shapes, CLIP_HEAD: source.shape(CLIP_HEAD)}
-    return stored, shapes
+    head = kept_clip_head(folder) if with_clip_head else None
+    if head is None:
+        return stored, shapes
+    return Combined(stored, head), {**shapes, CLIP_HEAD: head.shape(CLIP_HEAD)}
 
 
 def _stored_type(view: Tensors, name: str, dtype: str) -> mx.Dtype:

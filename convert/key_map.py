@@ -29,7 +29,7 @@ TOWER = "model.vision_tower.vision_tower.model"
 # Stored, but of no use to an answer.
 DROPPED = {
     re.compile(r".*\.num_batches_tracked"): "BatchNorm's training counter",
-    re.compile(rf"{re.escape(TOWER)}\.head\.(proj|weight|bias)"): "CLIP's projection head",
+    re.compile(rf"{re.escape(TOWER)}\.head\.(proj|weight|bias)"): "a head that is not CLIP's",  # which is kept
     re.compile(
         r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     ): "rotary frequencies, recomputed from rope_theta",

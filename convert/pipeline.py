@@ -19,6 +19,7 @@ from mlx_fastvlm.quantization import QuantizationConfig
 from mlx_fastvlm.safetensors_file import check_safetensors
 
 from .aside import check_destination, check_room, write_json, written_aside
+from .clip_head import write_clip_head
 from .model_card import write_card
 from .preflight import preflight
 from .recipes import Recipe
@@ -88,6 +89,8 @@ def convert(
         errors = write_weights(
             aside / "model.safetensors", conversion.shapes, blocks, DTYPES[conversion.dtype], conversion.quantization
         )
+        if conversion.clip_head is not None:
+            write_clip_head(aside, conversion.clip_head, DTYPES[conversion.dtype])
         write_tokenizer(found.folder, aside)
         config = conversion.config
         fit = "pad" if config.image_aspect_ratio == "pad" else "crop"

@@ -12,6 +12,7 @@ from mlx_fastvlm.loading import DTYPES
 from mlx_fastvlm.quantization import QuantizationConfig
 from mlx_fastvlm.safetensors_file import DTYPE_NAMES
 
+from .clip_head import clip_head_names, read_clip_head
 from .key_map import check_names, sites
 from .recipes import Recipe, plan
 from .reparameterize import AnySite, StackSite
@@ -34,6 +35,7 @@ class Preflight:
         shapes: runtime parameter → shape.
         quantization: which layers to quantize.
         dropped: stored tensor → why it is not needed.
+        clip_head: see `read_clip_head`; None if there is none.
         notices: what the user should know.
     """
 
@@ -43,11 +45,14 @@ class Preflight:
     shapes: dict[str, tuple[int, ...]]
     quantization: QuantizationConfig | None
     dropped: dict[str, str]
+    clip_head: mx.array | None
     notices: list[str]
 
     def stored_bytes(self) -> int:
         """Size of the weights that will be written."""
-        return stored_bytes(stored_specs(self.shapes, DTYPES[self.dtype], self.quantization))
+        dtype = DTYPES[self.dtype]
+        head = 0 if self.clip_head is None else self.clip_head.size * dtype.size
+        return stored_bytes(stored_specs(self.shapes, dtype, self.quantization)) + head
 
 
 def preflight(source: Source, dtype: str | None, recipe: Recipe | None) -> Preflight:
@@ -56,7 +61,7 @@ def preflight(source: Source, dtype: str | None, recipe: Recipe | None) -> Prefl
     config, notices = _settle_head(FastVLMConfig.from_dict(source.config), tensors)
     found = sites(config)
     tied = _tied_head(config, tensors)
-    dropped = check_names(found, set(tensors.names()) - tied, tensors)
+    dropped = check_names(found, set(tensors.names()) - tied - clip_head_names(tensors), tensors)
     dropped |= dict.fromkeys(tied, "equal to the embeddings, to which it is tied")
     shapes = parameter_shapes(config)
     names = [name for site in found for name in _targets(site)]
@@ -69,6 +74,7 @@ def preflight(source: Source, dtype: str | None, recipe: Recipe | None) -> Prefl
         shapes={name: shapes[name] for name in names},
         quantization=None if recipe is None else plan(config, recipe),
         dropped=dropped,
+        clip_head=read_clip_head(tensors, config.vision_config),
         notices=notices,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_fastvlm.clip_head import FILE_NAME as CLIP_HEAD_FILE
 from mlx_fastvlm.config import FastVLMConfig, read_config_dict
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.loading import DTYPES, OnProgress, as_path, is_converted, load_model
@@ -29,7 +30,7 @@ from .writer import stored_bytes
 
 __all__ = ["RECIPES", "Recipe", "choose", "quantize"]
 
-_KEPT = ("tokenizer.json", PREPROCESSOR, *TOKENIZER_NOTES)
+_KEPT = ("tokenizer.json", PREPROCESSOR, CLIP_HEAD_FILE, *TOKENIZER_NOTES)
 
 
 def quantize(

@@ -15,11 +15,11 @@ import mlx.core as mx
 
 from mlx_fastvlm.config import FastVLMConfig, TextConfig
 
+from .clip_head import CLIP_HEAD
 from .key_map import TOWER, sites
 from .reparameterize import ConvBatchNormSite, ConvSite, ScaledLinearSite, StackSite
 from .tensors import Tensors
 
-CLIP_HEAD = f"{TOWER}.head.proj"  # unused by FastVLM, so conversion drops it
 CLIP_HEAD_WIDTH = 768
 
 # A BatchNorm with these statistics multiplies by 16 / sqrt(256 + eps), which is 1 exactly in float32, float16 and
@@ -63,7 +63,7 @@ def hub_tensors(config: FastVLMConfig, shapes: Shapes) -> list[Exported]:
 
     Args:
         config: the converted folder's.
-        shapes: parameter → shape; the runtime's, and `CLIP_HEAD` where there is one (a converted folder has none).
+        shapes: parameter → shape; the runtime's, and `CLIP_HEAD` where there is one.
     """
     rows = _rows_of(config.text_config)
     found: list[Exported] = []

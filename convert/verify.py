@@ -19,6 +19,7 @@ from mlx_fastvlm.quantization import Storage
 from mlx_fastvlm.safetensors_file import SafetensorsFile
 
 from .calibrate import calibrated_layers
+from .clip_head import CLIP_HEAD, kept_clip_head, read_clip_head
 from .key_map import sites
 from .record import checksums, read_record, recorded_places
 from .self_check import TOLERANCE, self_check
@@ -194,6 +195,9 @@ def _folds(
             same = _is_packed_from(stored, rows, storage, norm.dtype)
         if not same:
             raise CheckpointError(f"{name} is not what {source.name} folds to.")
+    kept, head = kept_clip_head(folder), read_clip_head(source.tensors, config.vision_config)
+    if kept is not None and (head is None or not _is_rounded_from(kept[CLIP_HEAD].astype(norm.dtype), head)):
+        raise CheckpointError(f"CLIP's head is not that of {source.name}.")
     said = (
         f"{check.sites} parts equal the source's to {check.max_relative_error:.0e}; "
         f"{len(shapes)} parameters are what they fold to"

@@ -32,12 +32,14 @@ from mlx_fastvlm.generate import (
     count_positions,
     prefill,
 )
-from mlx_fastvlm.image_processing import ImageProcessor, ImageSource, open_image
+from mlx_fastvlm.image_features import merged_rows, pixel_rows, read_pixels, tiles_of
+from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.prompt import Message
-from mlx_fastvlm.resolution import Size, count_rows
+from mlx_fastvlm.resolution import Size
+from mlx_fastvlm.tiling import TiledPixels
 from mlx_fastvlm.token_draw import TokenDraw, make_draw
 
 ENCODE_PIXELS = 2**20  # encoded at once: one image of 1024x1024, which gains nothing from company, or 16 of 256x256
@@ -112,13 +114,13 @@ class BatchGenerator:
         input_ids = self._processor.tokenize(prompt, len(images), options.system)
         clock.lap("tokenize")
         image_processor = self._processor.images_at(options.resolution, options.fit)
-        pixels = [_pixels(image_processor, image, clock) for image in images]
+        pixels = [read_pixels(image_processor, image, clock) for image in images]
         return self.add_tokens(input_ids, pixels, options=options, clock=clock)
 
     def add_tokens(
         self,
         input_ids: Sequence[int],
-        pixels: Sequence[np.ndarray] = (),
+        pixels: Sequence[np.ndarray | TiledPixels] = (),
         *,
         options: GenerationOptions,
         clock: StageClock | None = None,
@@ -127,14 +129,14 @@ class BatchGenerator:
 
         Args:
             input_ids: -200 at each image.
-            pixels: an (H, W, 3) float32 array for each, from `ImageProcessor.to_array`.
+            pixels: what `ImageProcessor.prepare` makes of each: an (H, W, 3) float32 array, or tiles.
             options: of this answer; resolution and fit are what the pixels say.
             clock: has run since the request came; None starts it now.
 
         Raises:
             OptionError: prompt and answer do not fit into the context, or the options cannot be followed.
         """
-        prompt_tokens = count_positions(input_ids, [count_rows(image.shape[:2]) for image in pixels])
+        prompt_tokens = count_positions(input_ids, [pixel_rows(image) for image in pixels])
         check_context(self._model, prompt_tokens, options.max_tokens)
         return self._enqueue(options, clock, None, input_ids=input_ids, pixels=pixels)
 
@@ -228,8 +230,7 @@ class BatchGenerator:
         for request in requests:
             request.clock.lap("wait")
         fresh = [request for request in requests if request.prefilled is None]
-        pixels = [image for request in fresh for image in request.pixels]
-        features = iter(encode_together(pixels, self._model.encode_images))
+        features = iter(self._encode([image for request in fresh for image in request.pixels]))
         by_length: dict[int, list[tuple[_Request, mx.array]]] = {}
         for request in fresh:
             embeds = self._model.embed(request.input_ids, list(itertools.islice(features, len(request.pixels))))
@@ -242,6 +243,15 @@ class BatchGenerator:
             for group in _chunks(all_of_length, PREFILL_POSITIONS // length)
         ]
         return beginnings + [self._continued(request) for request in requests if request.prefilled is not None]
+
+    def _encode(self, pixels: Sequence[np.ndarray | TiledPixels]) -> list[mx.array]:
+        """Each image's rows, (N, hidden); tiles are encoded as images are."""
+        tiles = [tiles_of(image) for image in pixels]
+        rows = iter(encode_together(list(itertools.chain.from_iterable(tiles)), self._model.encode_images))
+        return [
+            merged_rows(image, mx.stack(list(itertools.islice(rows, len(parts)))))
+            for image, parts in zip(pixels, tiles, strict=True)
+        ]
 
     def _prefilled(self, group: Sequence[tuple[_Request, mx.array]]) -> _Beginning:
         """Run prompts of equal length through the decoder."""
@@ -312,7 +322,7 @@ class _Request:
     draw: TokenDraw
     clock: StageClock
     input_ids: Sequence[int] = ()
-    pixels: Sequence[np.ndarray] = ()
+    pixels: Sequence[np.ndarray | TiledPixels] = ()
     prefilled: Prefilled | None = None
 
 
@@ -334,14 +344,6 @@ class _Beginning:
     rows: list[_Row]
     logits: mx.array
     cache: list[Cache]
-
-
-def _pixels(image_processor: ImageProcessor, image: ImageSource, clock: StageClock) -> np.ndarray:
-    picture = open_image(image, background=image_processor.background)
-    clock.lap("decode")
-    pixels = image_processor.to_array(picture)
-    clock.lap("resize")
-    return pixels
 
 
 def _draw_tokens(rows: Sequence[_Row], logits: mx.array) -> list[Event]:

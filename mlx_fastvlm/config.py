@@ -116,6 +116,7 @@ class FastVLMConfig:
         image_aspect_ratio: LLaVA's word for how a picture becomes square: "pad" or "crop" (any other value of the hub).
         eos_token_id: ids that end an answer, from config.json.
         quantization: which layers are stored quantized; None if none is.
+        image_grid_pinpoints, mm_patch_merge_type: how pictures are tiled where that is asked for (`tiling.Tiling`).
     """
 
     text_config: TextConfig
@@ -123,6 +124,8 @@ class FastVLMConfig:
     image_aspect_ratio: str = "pad"
     eos_token_id: tuple[int, ...] = ()
     quantization: QuantizationConfig | None = None
+    image_grid_pinpoints: Any = None
+    mm_patch_merge_type: Any = "flat"
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> FastVLMConfig:
@@ -147,6 +150,8 @@ class FastVLMConfig:
             image_aspect_ratio="pad" if raw.get("image_aspect_ratio", "pad") == "pad" else "crop",
             eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             quantization=QuantizationConfig.from_dict(raw["quantization"]) if raw.get("quantization") else None,
+            image_grid_pinpoints=raw.get("image_grid_pinpoints"),
+            mm_patch_merge_type=raw.get("mm_patch_merge_type", "flat"),
         )
 
     @classmethod

@@ -7,6 +7,10 @@ Linear layers. Source of the architecture: Apple's ml-fastvlm@592b4ad llava/mode
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from typing import Literal, overload
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -243,23 +247,50 @@ class FastViTHD(nn.Module):
                 self.network.append([RepMixerBlock(channels, ratio) for _ in range(depth)])
         self.conv_exp = ConvExp(dims[-1], config.hidden_size)
 
-    def __call__(self, pixel_values: mx.array) -> mx.array:
+    @overload
+    def __call__(self, pixel_values: mx.array, return_stages: Literal[False] = False) -> mx.array: ...
+    @overload
+    def __call__(self, pixel_values: mx.array, return_stages: Literal[True]) -> dict[str, mx.array]: ...
+    def __call__(self, pixel_values: mx.array, return_stages: bool = False) -> mx.array | dict[str, mx.array]:
         """Encode images.
 
         Args:
-            pixel_values: (B, H, W, 3) in [0, 1], H and W multiples of 64.
+            pixel_values: (B, H, W, 3) in [0, 1], H and W multiples of 64; of the model's type.
+            return_stages: for the maps of every stage instead of the rows, from finest to coarsest.
 
         Returns:
-            (B, H/64 · W/64, hidden_size) feature rows, row-major over (H/64, W/64).
+            (B, H/64 · W/64, hidden_size) feature rows, row-major over (H/64, W/64). With `return_stages` a dictionary,
+            named as in timm's FastVit, channels last; the released models' widths are in parentheses:
+
+            - "stem": (B, H/4, W/4, embed_dims[0]) (96)
+            - "stages.0": (B, H/4, W/4, embed_dims[0]) (96)
+            - "stages.1": (B, H/8, W/8, embed_dims[1]) (192)
+            - "stages.2": (B, H/16, W/16, embed_dims[2]) (384)
+            - "stages.3": (B, H/32, W/32, embed_dims[3]) (768)
+            - "stages.4": (B, H/64, W/64, embed_dims[4]) (1536)
+            - "final_conv": (B, H/64, W/64, hidden_size) (3072), which are the rows as a map
         """
+        if return_stages:
+            return dict(self._maps(pixel_values))
+        ((_, x),) = deque(self._maps(pixel_values), maxlen=1)  # the last; the others can be freed
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def _maps(self, pixel_values: mx.array) -> Iterator[tuple[str, mx.array]]:
+        """Each map that `return_stages` tells of, by its name there."""
         x = pixel_values
         for block in self.patch_embed:
             x = block(x)
+        yield "stem", x
+        stage = 0
         for element in self.network:
-            for block in element if isinstance(element, list) else [element]:
+            if not isinstance(element, list):  # between two stages; timm counts it to the second
+                x = element(x)
+                continue
+            for block in element:
                 x = block(x)
-        x = self.conv_exp(x)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+            yield f"stages.{stage}", x
+            stage += 1
+        yield "final_conv", self.conv_exp(x)
 
 
 def _quantized(*layers: nn.Module) -> bool:

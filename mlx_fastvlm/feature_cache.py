@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import FastVLMWarning
 from mlx_fastvlm.image_content import ImageContent
-from mlx_fastvlm.image_features import image_features, read_pixels
+from mlx_fastvlm.image_features import image_features
 from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.model import FastVLM
 
@@ -77,8 +77,8 @@ class FeatureCache:
         Args:
             images: each with how it is prepared; together they take less time than one by one.
         """
-        pixels = mx.concatenate([read_pixels(processor, image.open(), StageClock()) for image, processor in images])
-        encoded = self._model.encode_images(pixels)
+        pixels = [processor.to_array(image.open()) for image, processor in images]
+        encoded = self._model.encode_images(mx.array(np.stack(pixels)))
         mx.eval(encoded)
         for (image, processor), rows in zip(images, encoded, strict=True):
             self._keep(rows_name(image, processor), mx.contiguous(rows))

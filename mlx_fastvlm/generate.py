@@ -16,13 +16,12 @@ import mlx.core as mx
 from mlx_fastvlm.answer import Answer, GenerationResponse, StageClock
 from mlx_fastvlm.cache import Cache
 from mlx_fastvlm.errors import ContextError, FastVLMWarning
-from mlx_fastvlm.image_features import encode_pixels, read_pixels
+from mlx_fastvlm.image_features import encode_pixels, pixel_rows, read_pixels
 from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.prompt import Message
-from mlx_fastvlm.resolution import count_rows
 from mlx_fastvlm.sampling import Sampler
 from mlx_fastvlm.token_draw import TokenDraw, make_draw
 
@@ -125,11 +124,11 @@ def prefill_prompt(
         OptionError: the size of images cannot be had.
     """
     image_processor = processor.images_at(options.resolution, options.fit)
-    pixel_values = [read_pixels(image_processor, image, clock) for image in images]
-    prompt_tokens = count_positions(input_ids, [count_rows(pixels.shape[1:3]) for pixels in pixel_values])
+    prepared = [read_pixels(image_processor, image, clock) for image in images]
+    prompt_tokens = count_positions(input_ids, [pixel_rows(pixels) for pixels in prepared])
     check_context(model, prompt_tokens, options.max_tokens)
     cache = model.make_cache(options.kv_bits)
-    features = [encode_pixels(model, pixels, clock) for pixels in pixel_values]
+    features = [encode_pixels(model, pixels, clock) for pixels in prepared]
     logits = prefill(model, model.embed(input_ids, features), cache)
     mx.eval(logits)
     clock.lap("prefill")

@@ -315,6 +315,13 @@ class ImageProcessor:
         """What the fit makes of one image: `tiles`, or else `to_array`. Same arguments and errors."""
         return self.tiles(image) if self.fit == "tiles" else self.to_array(image)
 
+    def largest(self) -> np.ndarray | TiledPixels:
+        """What `prepare` makes of an image that takes most positions, without the image's values."""
+        size = self.image_size
+        if self.fit == "tiles":
+            return TiledPixels(np.empty((0, size, size, 3), np.float32), self.tiling.largest(size))
+        return np.empty((size, size, 3), np.float32)
+
     def count_rows(self, width: int, height: int) -> int:
         """How many positions of the decoder an image of this size takes. Without `auto`, see `size_of`."""
         if self.fit == "tiles":

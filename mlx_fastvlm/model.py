@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm.cache import Cache
+from mlx_fastvlm.clip_head import ClipHead
 from mlx_fastvlm.config import IMAGE_TOKEN_INDEX, FastVLMConfig
 from mlx_fastvlm.fastvithd import FastViTHD
 from mlx_fastvlm.layers import Linear, quantize_layers
@@ -15,7 +16,11 @@ from mlx_fastvlm.qwen2 import Qwen2
 
 
 class FastVLM(nn.Module):
-    """The model. Build it with `mlx_fastvlm.load`, which also fills in the weights."""
+    """The model. Build it with `mlx_fastvlm.load`, which also fills in the weights.
+
+    Attributes:
+        clip_head: maps pooled tower features into CLIP's space, where the checkpoint has it; answering does not need it.
+    """
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
@@ -29,6 +34,7 @@ class FastVLM(nn.Module):
             Linear(hidden_size, hidden_size),
         ]
         self.language_model = Qwen2(config.text_config)
+        self.clip_head: ClipHead | None = None
         if config.quantization is not None:
             quantize_layers(self, config.quantization)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
+from mlx_fastvlm.clip_head import ClipHead
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError
 from mlx_fastvlm.json_file import read_json_object
@@ -24,7 +25,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
     Returns:
         folder, bytes on disk, dtype, quantization (None if there is none), parameters by part and in all, image size and
-        rows, sizes of tower and decoder, and conversion.json's content as `provenance` (None if there is none).
+        rows, sizes of tower and decoder, the width of CLIP's head (None without one), and conversion.json's content as
+        `provenance` (None if there is none).
 
     Raises:
         ConfigError, CheckpointError: the folder is not a sound converted model.
@@ -43,6 +45,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     for name, array in tree_flatten(FastVLM(replace(config, quantization=None)).parameters()):
         parameters[name.partition(".")[0]] += array.size
     vision, text = config.vision_config, config.text_config
+    clip_head = ClipHead.in_folder(folder)
     return {
         "folder": str(folder),
         "bytes": weights.path.stat().st_size,
@@ -65,6 +68,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
             "context": text.max_position_embeddings,
             "tied_embeddings": text.tie_word_embeddings,
         },
+        "clip_head": None if clip_head is None else clip_head.width,
         "provenance": _read_record(folder / "conversion.json"),
     }
 
@@ -97,6 +101,7 @@ def format_model_info(facts: dict[str, Any]) -> str:
             f"{text['attention_heads']} heads on {text['key_value_heads']}, vocabulary {text['vocab_size']}"
             f"{', tied' if text['tied_embeddings'] else ''}, context {text['context']}",
         ),
+        ("clip_head", f"{vision['hidden_size']} → {facts['clip_head']}" if facts["clip_head"] else "none"),
         ("parameters", _millions(parameters["total"])),
     ]
     if facts["quantization"]:

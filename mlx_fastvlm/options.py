@@ -35,8 +35,8 @@ class GenerationOptions:
             (resolution / 64)² positions. "auto" chooses for each image by its detail, with the thresholds of the
             model's folder or those given.
         fit: "pad" makes the square by padding, "crop" by cutting; "native" shows the whole image as a rectangle with
-            sides in multiples of 64, the longer one the resolution or a little less (`resolution.native_size`). None for
-            the one of training.
+            sides in multiples of 64, the longer one the resolution or a little less (`resolution.native_size`); "tiles"
+            shows it whole in one square and in parts in others (`tiling`). None for the one of training.
 
     Raises:
         OptionError: a value is out of range, or two exclude each other. That a schema can be followed is known only

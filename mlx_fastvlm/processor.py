@@ -18,6 +18,7 @@ from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.prompt import Message, build_prompt, tokenize_prompt
 from mlx_fastvlm.resolution import Fit
 from mlx_fastvlm.text_stream import TextStream
+from mlx_fastvlm.tiling import Grid, Tiling
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -62,10 +63,16 @@ class Processor:
             image_processor = ImageProcessor.from_config(read_json_object(path, ConfigError))
         except (ValueError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); convert the model again.") from None
+        image_processor = replace(image_processor, tiling=_tiling_of(config))
         stops = {tokenizer.token_to_id(token) for token in STOP_TOKENS} - {None}
         path = folder / FILE_NAME
         auto_resolution = AutoResolution.from_file(path) if path.exists() else None
         return cls(tokenizer, image_processor, frozenset(stops | set(config.eos_token_id)), auto_resolution)
+
+    def tile(self, grids: Sequence[Grid]) -> None:
+        """Have fit "tiles" choose from these grids, (columns, rows) each. Raises OptionError if they cannot be had."""
+        tiling = replace(self.image_processor.tiling, grids=tuple(grids))
+        self.image_processor = replace(self.image_processor, tiling=tiling)
 
     def preprocess(self, image: ImageSource) -> mx.array:
         """Anything that names or holds an image → (1, R, R, 3) in [0, 1]. Raises ImageError."""
@@ -111,6 +118,11 @@ class Processor:
         return TextStream(self.tokenizer, stop)
 
 
+def _tiling_of(config: FastVLMConfig) -> Tiling:
+    """How tiles are cut and merged as the checkpoint's config.json has it."""
+    return Tiling.of_model(config.image_grid_pinpoints, config.mm_patch_merge_type, config.vision_config.image_size)
+
+
 def _notices(trained: ImageProcessor, chosen: ImageProcessor) -> list[str]:
     """What people should know who choose other images than a model was trained on."""
     notices = []
@@ -125,4 +137,8 @@ def _notices(trained: ImageProcessor, chosen: ImageProcessor) -> list[str]:
         )
     if chosen.fit == "native" != trained.fit:
         notices.append("This model was trained on square images; of rectangles (fit native) it may say less.")
+    if chosen.fit == "tiles" != trained.fit:
+        notices.append(
+            "This model was trained on whole pictures; of one in tiles it may say less, or take its parts apart."
+        )
     return notices

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from mlx_fastvlm.errors import OptionError
 
-Fit = Literal["pad", "crop", "native"]
+Fit = Literal["pad", "crop", "native", "tiles"]
 FITS = get_args(Fit)
 Size = tuple[int, int]  # height and width, in pixels
 

@@ -58,6 +58,7 @@ def _group(context: typer.Context) -> None:
         say(context.get_help())
 
 
+# What its help says is each task's own, see the end of this file.
 def _evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help='Hub id, model folder, or "demo".')] = DEFAULT_MODEL,
