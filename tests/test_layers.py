@@ -36,6 +36,8 @@ ONLY_IN = {
     "pydantic": {f"{SERVER}/{name}.py" for name in ("schema", "messages")},
     "prometheus_client": {f"{SERVER}/metrics.py", "mlx_fastvlm/cli/serve.py"},
     "av": {f"mlx_fastvlm/video/{name}.py" for name in ("reader", "frame")},
+    "lmms_eval": {f"mlx_fastvlm/evaluation/{name}.py" for name in ("lmms_adapter", "lmms_plugin")},
+    "tqdm": {"mlx_fastvlm/evaluation/lmms_adapter.py"},
     "pillow_heif": {"mlx_fastvlm/image_processing.py"},
     "pypdfium2": {"mlx_fastvlm/pdf_pages.py"},
     "exiv2": {"mlx_fastvlm/captions/metadata.py"},
@@ -99,6 +101,10 @@ MAY_IMPORT = {
     "mlx_fastvlm/video_file.py": set(),
     "mlx_fastvlm/video": set(
         "batch_generate captions errors image_processing locked_file model options processor video".split()
+    ),
+    "mlx_fastvlm/evaluation": set(
+        "answer auto_resolution batch_generate benchmarks cache config errors evaluation fidelity generate image_content "
+        "image_processing json_file loading locked_file model options processor".split()
     ),
     "mlx_fastvlm/server": set(
         "answer batch_generate constraint errors generate image_content image_features image_processing image_source "
