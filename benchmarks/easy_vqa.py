@@ -54,7 +54,16 @@ def training_pictures(count: int) -> list[Path]:
 
 def answers(model: FastVLM, processor: Processor, asked: Iterable[Asked]) -> Iterator[tuple[str, str, str]]:
     """Greedy answers, as (question, expected, found); a batch of pictures at a time, not in the order asked."""
+    answered = answers_by_picture(model, processor, asked)
+    return ((question, expected, found) for _, question, expected, found in answered)
+
+
+def answers_by_picture(
+    model: FastVLM, processor: Processor, asked: Iterable[Asked]
+) -> Iterator[tuple[int, str, str, str]]:
+    """`answers`, each behind the number of its picture."""
     asked = iter(asked)
+    first = 0
     while batch := list(islice(asked, _IMAGE_BATCH)):
         pixel_values = mx.concatenate([processor.preprocess(image) for image, _ in batch])
         features = model.encode_images(pixel_values)
@@ -67,9 +76,9 @@ def answers(model: FastVLM, processor: Processor, asked: Iterable[Asked]) -> Ite
             for start in range(0, len(group), _QUESTION_BATCH):
                 chosen = group[start : start + _QUESTION_BATCH]
                 found = _answer_together(model, processor, features, [(item[0], item[1]) for item in chosen])
-                yield from (
-                    (question, expected, text) for (*_, question, expected), text in zip(chosen, found, strict=True)
-                )
+                for (picture, _, question, expected), text in zip(chosen, found, strict=True):
+                    yield first + picture, question, expected, text
+        first += len(batch)
 
 
 def exact_match(answered: Iterable[tuple[str, str, str]]) -> dict[str, float | int]:

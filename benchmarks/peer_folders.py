@@ -93,7 +93,7 @@ def export_to_mlx_vlm(model: Path, folder: Path, dtype: str) -> Path:
         return folder
     tower = FastVLMConfig.from_folder(model).vision_config
     aside = folder.with_name(f".{folder.name}.partial")
-    export(model, aside, "hub", dtype=dtype, max_shard_bytes=_ONE_FILE, force=True)
+    export(model, aside, "hub", dtype=dtype, max_shard_bytes=_ONE_FILE, with_clip_head=False, force=True)
     head = mx.zeros((tower.hidden_size, CLIP_HEAD_WIDTH), DTYPES[dtype])  # mlx-vlm demands it and never reads it
     mx.save_safetensors(str(aside / "clip-head.safetensors"), {CLIP_HEAD: head}, {"format": "pt"})
     config = json.loads((aside / "config.json").read_text())

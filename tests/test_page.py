@@ -113,8 +113,10 @@ def answer_to(thumbnail: Image.Image) -> str:
 def test_continuous_answers_follow_the_camera_and_still_frames_are_held_back(visit):
     visit.press("Start camera")
     visit.wait_for_answers(3)  # the film's two scenes, and the first again
+    visit.wait_for_state("watching")
     held = visit.number("#held")
     visit.press("Stop")
+    visit.wait_for_state("idle")
     entries = visit.page.locator(".entry").evaluate_all(
         "items => items.map((item) => [item.querySelector('.entry-answer').innerText, item.querySelector('img').src])"
     )
@@ -233,6 +235,29 @@ def test_a_camera_that_is_not_to_be_had_is_explained(visit):
         assert visit.page.inner_text("#primary") == "Start camera"
 
 
+def test_a_camera_that_comes_too_late_is_given_back(visit):
+    visit.page.evaluate(
+        """() => {
+            window.lent = [];
+            const lend = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+            navigator.mediaDevices.getUserMedia = async (wish) => {
+                const stream = await lend(wish);
+                await new Promise((resolve) => setTimeout(resolve, 500));
+                window.lent.push(stream.getVideoTracks()[0]);
+                return stream;
+            };
+        }"""
+    )
+    visit.press("Camera")
+    visit.press("Camera")
+    open_files(visit, EXAMPLES / "word.png")
+    assert visit.wait_for_answers(1) == [ANSWERS["word.png"]]
+    states = "window.lent.map((track) => track.readyState)"
+    wait_until(lambda: visit.page.evaluate(states) == ["ended", "ended"], "a camera stays on")
+    assert visit.page.get_attribute("body", "data-shows") == "pictures"
+    assert visit.page.inner_text("#notices") == ""
+
+
 def test_the_screen_can_be_shared(visit):
     visit.answer_with("A page.")
     visit.press("Screen")
@@ -286,6 +311,24 @@ def test_several_files_are_asked_about_one_after_another_or_together(visit):
     visit.press("Ask about all 3")
     visit.wait_for_answers(4)
     assert len(sent_pictures(visit.asked[3])) == 3
+
+
+def test_of_pictures_that_come_at_once_the_last_ones_stay(visit):
+    visit.page.evaluate(
+        """() => {
+            const decode = HTMLImageElement.prototype.decode;
+            let waits = [500, 0];
+            HTMLImageElement.prototype.decode = async function () {
+                await new Promise((resolve) => setTimeout(resolve, waits.shift()));
+                return decode.call(this);
+            };
+        }"""
+    )
+    open_files(visit, EXAMPLES / "shapes-two.png")
+    open_files(visit, EXAMPLES / "word.png")
+    visit.page.wait_for_timeout(800)
+    assert visit.wait_for_answers(1) == [ANSWERS["word.png"]]
+    assert visit.page.get_attribute("#picture", "alt") == "word.png"
 
 
 def transfer_with(page, name: str):
@@ -351,15 +394,23 @@ def test_a_large_photo_is_scaled_down_upright(visit, tmp_path):
     red = np.asarray(sent)[:, 10:80].reshape(-1, 3).mean(0)
     assert red[0] > 200 and red[1] < 60
 
+    Image.new("RGB", (5000, 4000), "red").save(tmp_path / "plain.png")  # a small file with as many pixels
+    open_files(visit, tmp_path / "plain.png")
+    visit.wait_for_answers(2)
+    assert sent_pictures(visit.asked[1])[0].size == (256, 205)
+
 
 def test_what_the_browser_cannot_show_goes_to_the_server_which_says_what_it_is(browser, live, tmp_path):
     (tmp_path / "holiday.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     with visiting(browser, address(live), expected=(REFUSED,)) as visit:
         visit.open()
+        open_files(visit, EXAMPLES / "word.png")
+        visit.wait_for_answers(1)
         open_files(visit, tmp_path / "holiday.heic")
         visit.page.locator("#notices").get_by_text("HEIC").wait_for()
         assert visit.page.get_by_text("This browser cannot show holiday.heic").is_visible()
         assert visit.page.inner_text("#state-text") == "Error"
+        assert visit.page.inner_text("#answer") == ""  # what it said of the other picture does not stay beside this one
 
 
 def test_a_question_can_follow_about_the_same_picture(visit):
@@ -383,15 +434,19 @@ def test_a_question_can_follow_about_the_same_picture(visit):
 
 def test_model_resolution_tokens_and_temperature_are_what_is_asked_for(visit):
     facts = {"min_resolution": 256, "max_resolution": 1024, "resolution_step": 64, "max_tokens": 100, "max_images": 2}
-    cards = [
-        {"id": name, "mlx_fastvlm": {**facts, "resolution": trained}} for name, trained in (("one", 256), ("two", 1024))
-    ]
+    one = {"resolution": 256, "default_resolution": 256, "fit": "pad", "default_fit": "pad"}
+    two = {"resolution": 1024, "default_resolution": 448, "fit": "crop", "default_fit": "native"}
+    cards = [{"id": name, "mlx_fastvlm": {**facts, **more}} for name, more in (("one", one), ("two", two))]
     visit.page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": cards}))
     visit.answer_with("Anything.")
     visit.open()
     assert visit.page.locator("#resolution option:checked").inner_text() == "256 px, 16 tokens, as trained"
     visit.page.select_option("#model", "two")
-    assert visit.page.locator("#resolution option:checked").inner_text() == "1024 px, 256 tokens, as trained"
+    assert visit.page.input_value("#max-tokens") == "100"
+    assert visit.page.locator("#resolution option:checked").inner_text() == "448 px, 49 tokens"
+    assert visit.page.locator("#resolution option").last.inner_text() == "1024 px, 256 tokens, as trained"
+    assert visit.page.locator("#fit option:checked").inner_text() == "Whole picture, no empty bars"
+    assert visit.page.locator("#fit option").last.inner_text() == "Central square only, as trained"
     visit.page.select_option("#resolution", "768")
     visit.page.fill("#max-tokens", "5000")
     visit.page.fill("#temperature", "0.7")
@@ -401,7 +456,7 @@ def test_model_resolution_tokens_and_temperature_are_what_is_asked_for(visit):
     visit.wait_for_answers(1)
     body = {name: value for name, value in visit.asked[0].items() if name != "messages"}
     assert body == {
-        **{"model": "two", "resolution": 768, "fit": "pad", "max_tokens": 100, "temperature": 0.7},
+        **{"model": "two", "resolution": 768, "fit": "native", "max_tokens": 100, "temperature": 0.7},
         **{"stream": True, "stream_options": {"include_usage": True}},
     }
 
@@ -498,6 +553,7 @@ def test_keys_do_what_buttons_do_but_not_while_text_is_typed(visit):
     page.get_by_role("button", name="Capture").wait_for()
     page.keyboard.press("?")
     assert page.get_by_role("dialog", name="Keyboard shortcuts").is_visible()
+    assert faults(page) == []
     page.get_by_label("Single keys do these things").uncheck()
     page.keyboard.press("Escape")
     page.locator("#stage").focus()
@@ -559,6 +615,9 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_only(browser, demo):
         page.get_by_label("Key", exact=True).fill("wrong")
         visit.press("Continue")
         page.get_by_text("The server refused that key").wait_for()
+        page.get_by_label("Key", exact=True).fill("sésame")  # no header can hold it
+        visit.press("Continue")
+        assert page.get_by_role("dialog").is_visible()
         page.get_by_label("Key", exact=True).fill("sesame")
         visit.press("Continue")
         page.wait_for_selector("#model option", state="attached")
@@ -620,6 +679,16 @@ def test_what_a_server_broke_off_is_asked_again_when_one_is_back(browser, demo, 
             visit.wait_for_state("idle")
 
 
+def test_a_server_that_has_failed_for_good_is_not_waited_for(browser, live):
+    with visiting(browser, address(live), expected=(REFUSED,)) as visit:
+        visit.page.route("**/v1/models", lambda route: route.abort())
+        failed = {"status": "failed", "reason": "The model has failed."}
+        visit.page.route("**/health", lambda route: route.fulfill(status=503, json=failed))
+        visit.page.goto(visit.url)
+        visit.page.locator("#notices").get_by_text("The model has failed.").wait_for()
+        assert visit.page.get_by_role("button", name="Try again").is_visible()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -672,7 +741,6 @@ def test_it_looks_and_reads_well(browser, live, screenshots, look):
         page.screenshot(path=screenshots / f"{look}-camera.png")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         visit.press("Keyboard shortcuts")
-        assert faults(page) == []
         page.screenshot(path=screenshots / f"{look}-shortcuts.png")
 
 

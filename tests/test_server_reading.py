@@ -131,6 +131,7 @@ def test_others_are_read_while_one_client_sends_many_pictures(demo, monkeypatch)
         opened = open_image(source, **settings)
         begun.append(opened.size)
         may_go.wait(30)
+        time.sleep(0.1)  # else one thread may do two before the other has begun with its own
         return opened
 
     open_image = pictures.open_image

@@ -170,9 +170,10 @@ class Engine:
                 with self._turn:
                     self._drop_unwanted()
                     if self._begin_next():
+                        self._report_load()
                         self._step()  # its first token is out before the others go on
                     self._step()
-                self._metrics.load(sum(map(len, self._queues)), len(self._running))
+                self._report_load()
         except BaseException:
             _log.exception("The engine has failed.")
             self.failure = "The model has failed; the server's log says why. Restart the server."
@@ -180,6 +181,9 @@ class Engine:
         finally:
             self.close()
             self._fail_running(last_words)
+
+    def _report_load(self) -> None:
+        self._metrics.load(sum(map(len, self._queues)), len(self._running))
 
     def _load_loops(self) -> None:
         """What a small model on a CPU does without in a short process; for many answers it is well worth half a second."""

@@ -24,6 +24,7 @@ SIZES = {
     "tiny": [(64, 64), (64, 448), (192, 320), (320, 128), (384, 384), (512, 512), (704, 64)],
     "0.5b": [(64, 128), (192, 320), (320, 192), (512, 512), (576, 1024), (1024, 64)],
 }
+ANSWERED = [(192, 320), (576, 1024)]  # at Apple's widths
 FULL_WIDTH_LIMIT = 512 * 512  # pixels that take minutes at Apple's widths without the extra 'cpu'
 PLAIN_LIMIT = 192 * 64  # pixels that plain ops take seconds for at Apple's widths
 
@@ -68,6 +69,8 @@ def test_features(case):
 
 def test_logits_and_sixteen_greedy_tokens(case):
     model, processor, reference, pixels = case
+    if model.config.vision_config.hidden_size == 3072 and pixels.shape[1:3] not in ANSWERED:
+        pytest.skip("the decoder's part is the same for all sizes, and slow at Apple's widths")
     ids = processor.tokenize("What is in this picture?", num_images=1)
     rows = model.encode_images(mx.array(pixels[:1]))
     assert relative_error(model(ids, rows), reference.logits(ids, nchw(pixels[:1]))) < LOGITS["float32"]

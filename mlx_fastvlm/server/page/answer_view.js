@@ -56,6 +56,7 @@ export class AnswerView {
     byId("state-text").textContent = STATES[shown];
     byId("answer").setAttribute("aria-busy", String(this.#session.isBusy));
     byId("waiting").textContent = state === "waiting" || state === "reconnecting" ? problem : "";
+    if (state === "error") this.#show(this.#shown); // not the last answer beside another picture
   }
 
   #begin(answer) {
