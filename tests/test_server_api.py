@@ -378,7 +378,7 @@ IMAGE_AT = "messages[0].content[1].image_url.url"
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
-            None,
+            "response_format",
             "schema",
         ),
     ],

@@ -119,7 +119,7 @@ def test_a_lock_goes_to_whoever_waited_longest():
 
 def waiting(live) -> int:
     """Pictures that wait for their turn."""
-    pictures, _ = live.server.config.app.state.workers
+    pictures, *_ = live.server.config.app.state.workers
     return len(pictures._decoders._waiting)
 
 

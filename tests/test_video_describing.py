@@ -116,7 +116,7 @@ def test_frames_are_let_go_once_they_are_read(demo):
 
     def many():
         nonlocal most
-        for number in range(150):
+        for number in range(60):
             made = frame(plain((number, 255 - number, 9)), number / 10)
             alive.add(made)
             yield made
@@ -124,7 +124,7 @@ def test_frames_are_let_go_once_they_are_read(demo):
             gc.collect()
             most = max(most, len(alive))
 
-    assert len(describe(demo, many(), threshold=0.0, batch_size=4, **QUICK)) == 150
+    assert len(describe(demo, many(), threshold=0.0, batch_size=4, **QUICK)) == 60
     assert most <= 16
 
 

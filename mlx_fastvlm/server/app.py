@@ -98,7 +98,7 @@ def create_app(
     metrics = Metrics()
     turn = FairLock() if len(models) > 1 else None
     pictures = Pictures(limits, allow_remote_images)
-    words = FairWorkers(_TOKENIZED_AT_ONCE, "words")
+    words, forms = FairWorkers(_TOKENIZED_AT_ONCE, "words"), FairWorkers(1, "forms")
     desks: dict[str, _Desk] = {}
     for served in models:
         if served.model_id in desks:
@@ -106,12 +106,12 @@ def create_app(
         desks[served.model_id] = _Desk(
             served.model_id,
             served.processor,
-            Reader(served.model, served.processor, served.defaults, limits, pictures, words),
+            Reader(served.model, served.processor, served.defaults, limits, pictures, words, forms),
             Engine(served.model, served.processor, limits, metrics.of(served.model_id), turn=turn),
             _card(served, limits),
         )
     app = FastAPI(title="mlx-fastvlm", version=__version__, docs_url=None, redoc_url=None, lifespan=_answering)
-    app.state.workers = (pictures, words)
+    app.state.workers = (pictures, words, forms)
     app.state.engines = {model_id: desk.engine for model_id, desk in desks.items()}
     _add_answers(app, desks, metrics)
     _add_facts(app, desks, metrics)

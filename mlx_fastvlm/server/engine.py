@@ -1,9 +1,7 @@
 """The thread that answers: it alone runs the model, for many requests at once, and hands their tokens to asyncio.
 
-Requests wait in a fair queue; those for an answer in a given form wait in another one first, until a second thread has
-compiled the form, which may take seconds (`constraint` bounds it). Between two steps of the running answers one new
-prompt is run through the decoder, less what earlier requests left of it. Knows nothing of HTTP but the errors that
-clients are told.
+Requests wait in a fair queue. Between two steps of the running answers one new prompt is run through the decoder, less
+what earlier requests left of it. Knows nothing of HTTP but the errors that clients are told.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from mlx_fastvlm.server.fair_queue import FairQueue
 from mlx_fastvlm.server.job import Job, Question
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.metrics import ModelMetrics
-from mlx_fastvlm.token_draw import make_draw
 
 _FAILED_STEPS = 3  # in a row: then the model itself is at fault, not a request
 
@@ -39,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers questions in threads of its own, from `start` to `stop`.
+    """Answers questions in a thread of its own, from `start` to `stop`.
 
     Args:
         model, processor: from `load`; nobody else runs them meanwhile.
@@ -63,13 +60,11 @@ class Engine:
         self.failure: str | None = None
         self._model, self._processor, self._limits, self._metrics = model, processor, limits, metrics
         self._turn = nullcontext() if turn is None else turn
-        self._changed = threading.Condition()  # guards the queues and the two below
+        self._changed = threading.Condition()  # guards the queue and the two below
         self._queue: FairQueue[Job] = FairQueue(limits.max_queue)
-        self._formless: FairQueue[Job] = FairQueue(limits.max_queue)  # their answers' form is to be compiled first
         self._closed = False  # takes no more
         self._stop_at: float | None = None  # on the monotonic clock
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._form_thread = threading.Thread(target=self._compile_forms, name="forms", daemon=True)
         # The thread's own:
         self._running: dict[int, Job] = {}  # by ticket
         self._failed_steps = 0
@@ -77,7 +72,6 @@ class Engine:
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
-        self._form_thread.start()
 
     def submit(self, client: str, question: Question, clock: StageClock) -> Job:
         """Let a question wait for its answer. From asyncio's thread.
@@ -90,16 +84,22 @@ class Engine:
         Raises:
             ApiError: there is no room (429), or the engine stops (503) or has failed (500).
         """
-        job = Job(client, question, clock, time.monotonic() + self._limits.max_seconds)
-        self._put(job, self._formless if question.options.is_constrained else self._queue)
+        job = Job(question, clock, time.monotonic() + self._limits.max_seconds)
+        with self._changed:
+            self._check_open()
+            turned_away = self._queue.put(client, job)
+            self._changed.notify()
+        if turned_away is job:
+            raise _no_room(self._limits)
+        if turned_away is not None:
+            self._fail(turned_away, _no_room(self._limits))
         return job
 
     def close(self) -> None:
         """Take no more questions, and send those away that wait; running answers go on."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
-            waiting = [job for queue in self._queues for job in queue.remove_if(lambda job: True)]
+            waiting = self._queue.remove_if(lambda job: True)
         for job in waiting:
             self._fail(job, stopping())
 
@@ -108,50 +108,8 @@ class Engine:
         self.close()
         with self._changed:
             self._stop_at = time.monotonic() + grace_seconds
-            self._changed.notify_all()
+            self._changed.notify()
         self._thread.join()
-
-    @property
-    def _queues(self) -> tuple[FairQueue[Job], FairQueue[Job]]:
-        return self._formless, self._queue
-
-    def _put(self, job: Job, queue: FairQueue[Job]) -> None:
-        """Let a job wait, in place of another's if need be. Raises ApiError if it cannot."""
-        with self._changed:
-            self._check_open()
-            turned_away = queue.put(job.client, job)
-            self._changed.notify_all()
-        if turned_away is job:
-            raise _no_room(self._limits)
-        if turned_away is not None:
-            self._fail(turned_away, _no_room(self._limits))
-
-    def _compile_forms(self) -> None:
-        """The second thread: moves jobs from one queue to the other."""
-        while self._compile_next():
-            pass
-
-    def _compile_next(self) -> bool:
-        """Compile the form of one job, once there is one. False when it is time to end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._formless or self._closed)
-            if self._closed:
-                return False
-            job = self._formless.take()
-        if job.cancelled:
-            self._metrics.unanswered("cancelled")
-            return True
-        try:
-            job.draw = make_draw(self._processor, job.question.options)
-            self._put(job, self._queue)
-        except ApiError as error:
-            self._fail(job, error)
-        except FastVLMError as error:
-            self._fail(job, from_library(error))
-        except Exception:
-            _log.exception("A form could not be compiled.")
-            self._fail(job, internal())
-        return True
 
     def _check_open(self) -> None:
         if self.failure is not None:
@@ -183,7 +141,7 @@ class Engine:
             self._fail_running(last_words)
 
     def _report_load(self) -> None:
-        self._metrics.load(sum(map(len, self._queues)), len(self._running))
+        self._metrics.load(len(self._queue), len(self._running))
 
     def _load_loops(self) -> None:
         """What a small model on a CPU does without in a short process; for many answers it is well worth half a second."""
@@ -205,9 +163,7 @@ class Engine:
     def _drop_unwanted(self) -> None:
         """Make room where nobody waits any more, or for too long."""
         with self._changed:
-            unwanted = [
-                job for queue in self._queues for job in queue.remove_if(lambda job: job.cancelled or job.is_late)
-            ]
+            unwanted = self._queue.remove_if(lambda job: job.cancelled or job.is_late)
         for job in unwanted:
             self._fail(job, _too_late(self._limits))
         for ticket, job in list(self._running.items()):
@@ -286,7 +242,7 @@ class Engine:
             pass  # what was computed is kept at once, for requests that come while this one is answered
         job.positions = prompt.positions
         self._metrics.kept(self._reuse.features.nbytes, self._reuse.prefixes.nbytes)
-        return self._generator.add_prefilled(prompt, options=question.options, clock=job.clock, draw=job.draw)
+        return self._generator.add_prefilled(prompt, options=question.options, clock=job.clock, draw=question.draw)
 
     def _step(self) -> None:
         """The first token of an answer that begins, or one for every answer; with none left, what they took is freed."""

@@ -24,11 +24,13 @@ class Question:
         input_ids: the prompt, -200 at each image.
         images: in the order of those.
         options: of the answer.
+        draw: draws its tokens, where it must follow a form.
     """
 
     input_ids: Sequence[int]
     images: Sequence[ImageContent]
     options: GenerationOptions
+    draw: TokenDraw | None = None
 
 
 @dataclass
@@ -36,18 +38,15 @@ class Job:
     """A question and its answer. Made and read in asyncio's thread; the engine's thread puts the answer in.
 
     Args:
-        client: who asks.
         question: what is asked.
         clock: has run since the request came.
         deadline: on the monotonic clock, when the answer ends in any case.
     """
 
-    client: str
     question: Question
     clock: StageClock
     deadline: float
     cancelled: bool = False  # nobody waits for it any more
-    draw: TokenDraw | None = None  # of an answer in a given form; the engine's
     positions: list[Position] = field(default_factory=list)  # what the decoder saw and drew; the engine's
     last: GenerationResponse | None = None  # the latest; the engine's
 

@@ -1,8 +1,13 @@
-"""From a checked request to a question that the engine can answer: all the work that needs no model."""
+"""From a checked request to a question that the engine can answer: all the work that needs no model.
+
+Each kind of work has threads of its own, in which clients take turns: a picture of many pixels or a form that takes
+seconds to compile holds up no words.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_fastvlm.answer import StageClock
@@ -21,6 +26,7 @@ from mlx_fastvlm.server.job import Question
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.pictures import Pictures
 from mlx_fastvlm.server.token_logprobs import TokenTexts
+from mlx_fastvlm.token_draw import make_draw
 
 _CHARACTERS_A_TOKEN = 16  # on average, at most; English has four or five
 
@@ -34,6 +40,7 @@ class Reader:
         limits: of a request.
         pictures: reads images.
         words: threads that tokenize.
+        forms: threads that compile answers' forms, which may take seconds (`constraint` bounds it).
     """
 
     def __init__(
@@ -44,9 +51,10 @@ class Reader:
         limits: Limits,
         pictures: Pictures,
         words: FairWorkers,
+        forms: FairWorkers,
     ):
         self._model, self._processor, self._defaults, self._limits = model, processor, defaults, limits
-        self._pictures, self._words = pictures, words
+        self._pictures, self._words, self._forms = pictures, words, forms
 
     async def question(self, asked: Asked, client: str, clock: StageClock) -> Question:
         """Read the images and tokenize the words; the stages are booked on `clock`. Raises ApiError."""
@@ -55,7 +63,14 @@ class Reader:
         options = self._options(asked, max_tokens=1)  # what is wrong there is said before any work
         image_processor = self._image_processor(options)
         images = await self._pictures.read(asked.images, image_processor, client, clock)
-        return await self._words.run(client, self._tokenized, asked, images, image_processor, clock)
+        question = await self._words.run(client, self._tokenized, asked, images, image_processor, clock)
+        if not question.options.is_constrained:
+            return question
+        try:
+            draw = await self._forms.run(client, make_draw, self._processor, question.options)
+        except FastVLMError as error:
+            raise from_library(error, "response_format") from None
+        return replace(question, draw=draw)
 
     async def token_texts(self, client: str) -> TokenTexts:
         """How the model's tokens are written. Raises ApiError if they cannot be."""
