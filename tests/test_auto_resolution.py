@@ -261,7 +261,7 @@ def test_calibration_compares_the_models_own_answers(folder):
     found = calibrate_resolution(
         model, processor, images, prompts, agreement=0.9, on_answer=lambda done, total: told.append((done, total))
     )
-    for side in (64, 192):
+    for side in (64,):
         answers = [
             [generate(model, processor, prompt, image, resolution=each, max_tokens=32) for each in (side, 256)]
             for prompt in prompts
