@@ -62,16 +62,17 @@ def reference_maps(tower, pixels):
 
 def test_the_map_of_every_stage(models, pixels):
     model, tower = models
+    if model.config.vision_config.hidden_size == FULL_WIDTH and pixels[0].size > PLAIN_LIMIT:
+        pytest.skip("at Apple's widths one rectangle shows what the tiny model shows for every size")
     wanted = reference_maps(tower, pixels)
     found = model.vision_tower(mx.array(pixels), return_stages=True)
     assert set(found) == set(wanted)
     for name, array in wanted.items():
         assert relative_error(found[name], array) < FEATURES["float32"], name
-    if model.config.vision_config.hidden_size < FULL_WIDTH or pixels[0].size <= PLAIN_LIMIT:
-        with plain_ops():
-            plain = model.vision_tower(mx.array(pixels[:1]), return_stages=True)
-        for name, array in wanted.items():
-            assert relative_error(plain[name], array[:1]) < FEATURES["float32"], name
+    with plain_ops():
+        plain = model.vision_tower(mx.array(pixels[:1]), return_stages=True)
+    for name, array in wanted.items():
+        assert relative_error(plain[name], array[:1]) < FEATURES["float32"], name
 
 
 def test_pooled_features_and_clips_head(models, pixels):
