@@ -32,8 +32,8 @@ from mlx_fastvlm.generate import (
     count_positions,
     prefill,
 )
+from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.image_features import merged_rows, pixel_rows, read_pixels, tiles_of
-from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor

@@ -16,8 +16,8 @@ from mlx_fastvlm.conversation_file import Saved, Turn, load_conversation, save_c
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.generate import as_list, count_positions, stream_generate
 from mlx_fastvlm.image_content import ImageContent, recognize
+from mlx_fastvlm.image_decoding import ImageSource, open_image
 from mlx_fastvlm.image_features import image_rows
-from mlx_fastvlm.image_processing import ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.prefix_cache import common_length

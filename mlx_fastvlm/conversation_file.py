@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_fastvlm.errors import ConversationError, ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
-from mlx_fastvlm.image_processing import open_image
+from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.prompt import IMAGE_MARK
 from mlx_fastvlm.replace_file import replace_file
 

@@ -18,7 +18,8 @@ from mlx_fastvlm.auto_resolution import AutoResolution
 from mlx_fastvlm.batch_generate import encode_together, images_at_once
 from mlx_fastvlm.captions.read_ahead import ReadAhead
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
+from mlx_fastvlm.image_decoding import ImageSource
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.resolution import Fit

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_fastvlm.captions.picture_files import Picture
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.locked_file import open_locked, write_all
+from mlx_fastvlm.locked_file import cannot_open, open_locked, write_all
 
 _SUFFIX = ".npy"
 _INDEX_SUFFIX = ".jsonl"
@@ -52,9 +52,7 @@ class EmbeddingFile:
                 self._vectors = stack.enter_context(open(_aside(self._path), "wb"))
                 self._vectors.write(bytes(_HEADER_BYTES))
             except OSError as error:
-                raise OptionError(
-                    f"{path} cannot be written ({error.strerror or error}); choose another place."
-                ) from None
+                raise cannot_open(path, error) from None
             self._open = stack.pop_all()
 
     def add(self, picture: Picture, vector: np.ndarray) -> None:

@@ -16,8 +16,8 @@ import mlx.core as mx
 from mlx_fastvlm.answer import Answer, GenerationResponse, StageClock
 from mlx_fastvlm.cache import Cache
 from mlx_fastvlm.errors import ContextError, FastVLMWarning
+from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.image_features import encode_pixels, pixel_rows, read_pixels
-from mlx_fastvlm.image_processing import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mlx_fastvlm.image_processing import Background, ImageSource, image_size, open_image
+from mlx_fastvlm.image_decoding import Background, ImageSource, image_size, open_image
 from mlx_fastvlm.image_source import named_page, read_image_bytes, source_name
 
 _DIGEST_LENGTH = 32  # hexadecimal digits of a SHA-256, which processors have built in

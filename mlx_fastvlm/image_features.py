@@ -7,7 +7,8 @@ import numpy as np
 
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.image_content import ImageContent
-from mlx_fastvlm.image_processing import ImageProcessor, ImageSource, open_image
+from mlx_fastvlm.image_decoding import ImageSource, open_image
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.resolution import count_rows
 from mlx_fastvlm.tiling import TiledPixels

@@ -8,27 +8,58 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mlx_fastvlm.errors import OptionError
 
 
-def open_locked(path: Path, name: Path) -> BinaryIO:
+def open_locked(path: Path, name: Path | None = None) -> BinaryIO:
     """Open a file, made if it is missing, that no other process writes.
 
     Args:
-        path: of the file.
-        name: what messages call it.
+        path: of the file; a link stays one.
+        name: what messages call it; else its path.
 
     Returns:
         It, unbuffered, to read and to append to; the lock is given up when it is closed.
 
     Raises:
-        OptionError: another process writes it.
-        OSError: it cannot be opened.
+        OptionError: it cannot be opened, or another process writes it.
     """
+    name = name or path
+    try:
+        return _open_locked(Path(os.path.realpath(path)), name)
+    except OSError as error:
+        raise cannot_open(name, error) from None
+
+
+def cannot_open(name: Path, error: OSError) -> OptionError:
+    """What to raise where an output is not to be had."""
+    return OptionError(f"{name} cannot be written ({error.strerror or error}); give another --out.")
+
+
+@contextmanager
+def closed_on_failure(close: Callable[[], None], failure: Callable[[OSError], Exception]) -> Iterator[None]:
+    """Let go of an opened file if what it holds stops the run.
+
+    Args:
+        close: closes it.
+        failure: makes of an OSError what is raised instead.
+    """
+    try:
+        yield
+    except OSError as error:
+        close()
+        raise failure(error) from None
+    except BaseException:
+        close()
+        raise
+
+
+def _open_locked(path: Path, name: Path) -> BinaryIO:
     while True:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115, it stays open
         try:

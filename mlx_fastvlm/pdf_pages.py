@@ -1,6 +1,6 @@
 """Pages of PDF documents as pixels, through PDFium (the pypdfium2 package, in the extra `formats`).
 
-Knows nothing of images otherwise: `image_processing` calls it when it meets a document's bytes.
+Knows nothing of images otherwise: `image_decoding` calls it when it meets a document's bytes.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from mlx_fastvlm.auto_resolution import AUTO, FILE_NAME, AutoResolution
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.errors import CheckpointError, ConfigError, FastVLMWarning, OptionError
-from mlx_fastvlm.image_processing import ImageProcessor, ImageSource
+from mlx_fastvlm.image_decoding import ImageSource
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.prompt import Message, build_prompt, tokenize_prompt
 from mlx_fastvlm.resolution import Fit

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_fastvlm.captions.captioning import DEFAULT_BATCH_SIZE, DEFAULT_PROMPT, caption_images
 from mlx_fastvlm.captions.picture_files import Picture
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.loading import DEFAULT_MODEL, load
 from mlx_fastvlm.options import GenerationOptions
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_fastvlm.auto_resolution import AutoResolution, candidates, measure_detail
 from mlx_fastvlm.captions.captioning import caption_images
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.image_processing import ImageSource, open_image
+from mlx_fastvlm.image_decoding import ImageSource, open_image
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.resolution import Fit

@@ -20,8 +20,9 @@ from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.feature_cache import FeatureCache, rows_name
 from mlx_fastvlm.generate import Prefilled, check_context, prefill
 from mlx_fastvlm.image_content import ImageContent, recognize
+from mlx_fastvlm.image_decoding import ImageSource, open_image
 from mlx_fastvlm.image_features import image_rows
-from mlx_fastvlm.image_processing import ImageProcessor, ImageSource, open_image
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.prefix_cache import Position, PrefixCache

@@ -1,12 +1,14 @@
 """Shared fixtures: tiny random checkpoints in the hub's layout, converted once for the whole run."""
 
+import io
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_fastvlm import load
+from mlx_fastvlm import cli, load
 from mlx_fastvlm.convert import convert
 from tests.fake_gpu import fake_gpu  # noqa: F401, a fixture for all
 from tests.reference.hub_checkpoint import write_hub_checkpoint
@@ -59,6 +61,22 @@ def tiny(converted_folder):
 def golden_pixels():
     """(2, 256, 256, 3) float32 in [0, 1]: the golden files' pictures."""
     return np.load(GOLDEN / "pixels.npz")["pixels"].astype(np.float32) / np.float32(255)
+
+
+@pytest.fixture
+def command_line(capsys, monkeypatch):
+    """Run `mlx-fastvlm` in this process: arguments → (exit code, stdout, stderr)."""
+
+    def run(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

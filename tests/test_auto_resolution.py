@@ -1,7 +1,6 @@
 """Resolution by content: the measure of detail, thresholds and their file, every way to ask, and the calibration."""
 
 import json
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from mlx_fastvlm import Conversation, Reuse, cli, generate, load, stream_generate
+from mlx_fastvlm import Conversation, Reuse, generate, load, stream_generate
 from mlx_fastvlm.auto_resolution import AutoResolution, candidates, measure_detail
 from mlx_fastvlm.batch_generate import BatchGenerator
 from mlx_fastvlm.captions.captioning import caption_images
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
-from mlx_fastvlm.image_processing import open_image
+from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.resolution_calibration import calibrate_resolution, find_thresholds
 from tests.conftest import GOLDEN
@@ -242,14 +241,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    def run_command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_command
+def run(command_line):
+    return command_line
 
 
 @pytest.mark.filterwarnings("ignore::mlx_fastvlm.errors.FastVLMWarning")

@@ -1,12 +1,11 @@
 """What resolutions cost: the table of `info --resolution`, and the benchmark of rectangles beside padded squares."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 
-from mlx_fastvlm import cli, load
+from mlx_fastvlm import load
 from mlx_fastvlm.benchmarks import resolution as bench
 from mlx_fastvlm.benchmarks.apple_chips import chip_named
 from mlx_fastvlm.benchmarks.layer_work import FUSED
@@ -15,14 +14,8 @@ from mlx_fastvlm.benchmarks.roofline import TEXT_TOKENS, first_token_seconds
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    def run_command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_command
+def run(command_line):
+    return command_line
 
 
 def test_costs_of_the_released_model():

@@ -1,7 +1,6 @@
 """`mlx-fastvlm caption`: pictures in, captions out, and nothing lost or repeated whatever ends a run."""
 
 import csv
-import io
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm import cli, generate, load
+from mlx_fastvlm import generate, load
 from mlx_fastvlm.kernels import cpu
 from tests.demo_pictures import draw
 
@@ -41,20 +40,10 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, demo):
+def run(command_line, monkeypatch, demo):
     """Run the command in this process with a demo model that is loaded once: arguments → (exit code, stdout, stderr)."""
     monkeypatch.setattr("mlx_fastvlm.cli.caption.load_model", lambda *args: demo)
-
-    def run_command(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", "caption", *map(str, arguments), "--model", "demo"])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_command
+    return lambda *arguments, stdin=b"": command_line("caption", *arguments, "--model", "demo", stdin=stdin)
 
 
 def rows(path):

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import stat
-import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pyte
 import pytest
 from rich.console import Console
 
-from mlx_fastvlm import Conversation, cli, generate, load, reuse
+from mlx_fastvlm import Conversation, generate, load, reuse
 from mlx_fastvlm.cli import chat_view
 from mlx_fastvlm.cli.chat_commands import COMMANDS, Order, Question, file_name, parse, parse_setting, picture_names
 from mlx_fastvlm.cli.chat_completion import proposals
@@ -656,19 +655,9 @@ def test_ctrl_c_once_tokens_come_waits_for_the_token():
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(command_line):
     """Run `mlx-fastvlm chat` in this process: arguments and lines → (exit code, stdout, stderr)."""
-
-    def run_chat(*arguments, lines=b""):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", "chat", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_chat
+    return lambda *arguments, lines=b"": command_line("chat", *arguments, stdin=lines)
 
 
 def test_lines_in_answers_out(run):

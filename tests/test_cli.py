@@ -1,6 +1,5 @@
 """The command line: what goes to stdout, to stderr, and as exit code; every mistake is one line and exit code 1."""
 
-import io
 import json
 import os
 import shutil
@@ -20,19 +19,8 @@ OTHER = str(GOLDEN / "images" / "portrait.png")
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command line in this process: arguments → (exit code, stdout, stderr)."""
-
-    def run_command(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_command
+def run(command_line):
+    return command_line
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm import cli, generate, load
+from mlx_fastvlm import generate, load
 from mlx_fastvlm.convert import convert
 from mlx_fastvlm.convert.checkpoint import Checkpoint
 from mlx_fastvlm.convert.quantize import quantize
@@ -240,7 +238,7 @@ def test_what_is_there_stays_until_the_end(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out.npy"]
     with pytest.raises(OptionError, match=r"ends with \.npy"):
         EmbeddingFile(tmp_path / "out.csv", {})
-    with pytest.raises(OptionError, match="choose another place"):
+    with pytest.raises(OptionError, match="give another --out"):
         EmbeddingFile(tmp_path / "missing" / "out.npy", {})
 
 
@@ -248,20 +246,11 @@ def test_what_is_there_stays_until_the_end(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, demo, tmp_path):
+def run(command_line, monkeypatch, demo, tmp_path):
     """Run the command in this process with a demo model that is loaded once: arguments → (exit code, stdout, stderr)."""
     monkeypatch.setattr("mlx_fastvlm.cli.embed.load_model", lambda *args: demo)
     monkeypatch.chdir(tmp_path)
-
-    def run_command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", "embed", *map(str, arguments), "--model", "demo"])
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_command
+    return lambda *arguments: command_line("embed", *arguments, "--model", "demo")
 
 
 def test_a_folder_becomes_an_array_and_a_list(run, photos, demo):

@@ -15,7 +15,8 @@ from PIL import Image
 
 from mlx_fastvlm import image_processing
 from mlx_fastvlm.errors import ConfigError, ImageError, OptionError
-from mlx_fastvlm.image_processing import ImageProcessor, open_image
+from mlx_fastvlm.image_decoding import open_image
+from mlx_fastvlm.image_processing import ImageProcessor
 
 SIZES = [
     (64, 64),

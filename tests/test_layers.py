@@ -27,7 +27,7 @@ ONLY_IN = {
     "rich": {f"mlx_fastvlm/cli/{name}.py" for name in ("terminal", "chat_view", "chat_markdown")},
     "markdown_it": {"mlx_fastvlm/cli/chat_markdown.py"},
     "prompt_toolkit": {"mlx_fastvlm/cli/chat_editor.py"},
-    "PIL": {"mlx_fastvlm/image_processing.py", "mlx_fastvlm/auto_resolution.py"},
+    "PIL": {f"mlx_fastvlm/{name}.py" for name in ("image_decoding", "image_processing", "auto_resolution")},
     "huggingface_hub": {"mlx_fastvlm/hub.py"},
     "httpx": {"mlx_fastvlm/image_source.py", f"{SERVER}/remote_images.py"},
     "fastapi": {f"{SERVER}/app.py", f"{SERVER}/run.py", "mlx_fastvlm/cli/serve.py"},
@@ -38,7 +38,7 @@ ONLY_IN = {
     "av": {f"mlx_fastvlm/video/{name}.py" for name in ("reader", "frame")},
     "lmms_eval": {f"mlx_fastvlm/evaluation/{name}.py" for name in ("lmms_adapter", "lmms_plugin")},
     "tqdm": {"mlx_fastvlm/evaluation/lmms_adapter.py"},
-    "pillow_heif": {"mlx_fastvlm/image_processing.py"},
+    "pillow_heif": {"mlx_fastvlm/image_decoding.py"},
     "pypdfium2": {"mlx_fastvlm/pdf_pages.py"},
     "exiv2": {"mlx_fastvlm/captions/metadata.py"},
     "ray": set(),
@@ -69,14 +69,8 @@ MAY_IMPORT = {
     "mlx_fastvlm/auto_resolution.py": {"errors", "json_file", "resolution"},
     "mlx_fastvlm/image_source.py": {"errors"},
     "mlx_fastvlm/pdf_pages.py": {"errors", "image_source"},
-    "mlx_fastvlm/image_processing.py": {
-        "auto_resolution",
-        "errors",
-        "image_source",
-        "pdf_pages",
-        "resolution",
-        "tiling",
-    },
+    "mlx_fastvlm/image_decoding.py": {"errors", "image_source", "pdf_pages"},
+    "mlx_fastvlm/image_processing.py": {"auto_resolution", "errors", "image_decoding", "resolution", "tiling"},
     "mlx_fastvlm/prompt.py": {"errors", "config"},
     "mlx_fastvlm/sampling.py": {"errors"},
     "mlx_fastvlm/text_stream.py": set(),
@@ -86,8 +80,10 @@ MAY_IMPORT = {
     "mlx_fastvlm/token_draw.py": {"constraint", "logprobs", "options", "processor", "sampling"},
     "mlx_fastvlm/answer.py": {"logprobs", "options", "processor"},
     "mlx_fastvlm/prefix_cache.py": {"cache"},
-    "mlx_fastvlm/image_content.py": {"image_processing", "image_source"},
-    "mlx_fastvlm/image_features.py": {"answer", "image_content", "image_processing", "model", "resolution", "tiling"},
+    "mlx_fastvlm/image_content.py": {"image_decoding", "image_source"},
+    "mlx_fastvlm/image_features.py": set(
+        "answer image_content image_decoding image_processing model resolution tiling".split()
+    ),
     "mlx_fastvlm/feature_cache.py": {
         "answer",
         "errors",
@@ -100,15 +96,16 @@ MAY_IMPORT = {
     "mlx_fastvlm/locked_file.py": {"errors"},
     "mlx_fastvlm/video_file.py": set(),
     "mlx_fastvlm/video": set(
-        "batch_generate captions errors image_processing locked_file model options processor video".split()
+        "batch_generate captions errors image_decoding image_processing locked_file model options processor video".split()
     ),
     "mlx_fastvlm/evaluation": set(
         "answer auto_resolution batch_generate benchmarks cache config errors evaluation fidelity generate image_content "
-        "image_processing json_file loading locked_file model options processor".split()
+        "image_decoding image_processing json_file loading locked_file model options processor".split()
     ),
     "mlx_fastvlm/server": set(
-        "answer batch_generate constraint errors generate image_content image_features image_processing image_source "
-        "kernels model options prefix_cache processor prompt reuse server token_draw __version__".split()
+        "answer batch_generate constraint errors generate image_content image_decoding image_features "
+        "image_processing image_source kernels model options prefix_cache processor prompt reuse server token_draw "
+        "__version__".split()
     ),
 }
 # file → parts that it may import beyond its folder's

@@ -15,7 +15,8 @@ from mlx_fastvlm.captions.captioning import caption_images
 from mlx_fastvlm.errors import ContextError, FastVLMWarning, OptionError
 from mlx_fastvlm.generate import prefill_prompt
 from mlx_fastvlm.image_content import recognize
-from mlx_fastvlm.image_processing import ImageProcessor, image_size, open_image
+from mlx_fastvlm.image_decoding import image_size, open_image
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.kernels import cpu
 from mlx_fastvlm.kernels.choice import plain_ops
 from mlx_fastvlm.options import GenerationOptions

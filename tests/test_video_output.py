@@ -173,7 +173,7 @@ def test_one_run_at_a_time(tmp_path):
 
 
 def test_a_place_that_takes_no_file_is_said(tmp_path):
-    with pytest.raises(OptionError, match="cannot be written .*choose another place"):
+    with pytest.raises(OptionError, match="cannot be written .*give another --out"):
         write(tmp_path / "missing" / "a.srt", FRAMES)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 av = pytest.importorskip("av")
 
 from mlx_fastvlm.errors import OptionError, VideoError  # noqa: E402
-from mlx_fastvlm.image_processing import ImageProcessor, open_image  # noqa: E402
+from mlx_fastvlm.image_decoding import open_image  # noqa: E402
+from mlx_fastvlm.image_processing import ImageProcessor  # noqa: E402
 from mlx_fastvlm.video.reader import open_video  # noqa: E402
 from mlx_fastvlm.video.source import parse_source  # noqa: E402
 from mlx_fastvlm.video.tone_map import WHITE_NITS, hlg_scene, pq_nits  # noqa: E402

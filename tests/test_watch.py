@@ -13,7 +13,7 @@ import pytest
 
 av = pytest.importorskip("av")
 
-from mlx_fastvlm import cli, load  # noqa: E402
+from mlx_fastvlm import load  # noqa: E402
 from mlx_fastvlm.cli.watch import parse_time  # noqa: E402
 from mlx_fastvlm.errors import OptionError  # noqa: E402
 from tests.test_video_cues import parse  # noqa: E402
@@ -36,21 +36,12 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, demo, clips, tmp_path):
+def run(command_line, monkeypatch, demo, clips, tmp_path):
     """Run a command beside clip.mp4, with a demo model that is loaded once: arguments → (exit code, stdout, stderr)."""
     (tmp_path / "clip.mp4").write_bytes((clips / "clip.mp4").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlx_fastvlm.cli.watch_run.load_model", lambda *args: demo)
-
-    def run_command(*arguments, command="watch"):
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", command, *map(str, arguments), "--model", "demo"])
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run_command
+    return lambda *arguments, command="watch": command_line(command, *arguments, "--model", "demo")
 
 
 def rows(path):

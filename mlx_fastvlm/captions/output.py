@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_fastvlm.captions.picture_files import Picture
 from mlx_fastvlm.captions.rows import CaptionRow, Recipe, row_format
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.locked_file import append, lock, open_locked, write_all
+from mlx_fastvlm.locked_file import append, closed_on_failure, lock, open_locked, write_all
 from mlx_fastvlm.replace_file import replace_file
 
 _Key = tuple[str, int | None]
@@ -55,20 +55,11 @@ class CaptionFile:
         self._last_position = -1
         self._in_order = True
         self._starts_over = overwrite
-        try:
-            self._file = open_locked(self._path, path)
-        except OSError as error:
-            raise OptionError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from None
-        try:
+        self._file = open_locked(path)
+        with closed_on_failure(self.close, self._failure):
             self._aside.unlink(missing_ok=True)  # a run was killed while it wrote it
             if not overwrite:
                 self._resume(recipe)
-        except OSError as error:
-            self.close()
-            raise self._failure(error) from None
-        except BaseException:
-            self.close()
-            raise
 
     def is_finished(self, picture: Picture) -> bool:
         return (picture.path, picture.page) in self.finished

@@ -146,7 +146,7 @@ def chat(
 def _read(name: str) -> ImageContent:
     """A picture, known to be one."""
     from mlx_fastvlm.image_content import recognize
-    from mlx_fastvlm.image_processing import open_image
+    from mlx_fastvlm.image_decoding import open_image
 
     refuse_standard_input(name)
     content = recognize(name)

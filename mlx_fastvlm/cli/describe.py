@@ -34,7 +34,7 @@ from mlx_fastvlm.cli.options import (
 from mlx_fastvlm.cli.statistics import statistics
 from mlx_fastvlm.cli.terminal import Model, Revision, load_model, say
 from mlx_fastvlm.errors import OptionError
-from mlx_fastvlm.image_processing import open_image
+from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.loading import DEFAULT_MODEL
 from mlx_fastvlm.options import DEFAULT_MAX_TOKENS

@@ -14,7 +14,7 @@ from mlx_fastvlm.errors import FastVLMError
 from mlx_fastvlm.evaluation.shared_prompts import Beginning, beginning_of, prefill_rests, split
 from mlx_fastvlm.generate import Prefilled, prefill_prompt
 from mlx_fastvlm.image_content import recognize
-from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor

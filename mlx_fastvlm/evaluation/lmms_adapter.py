@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.evaluation.answering import DEFAULT_BATCH_SIZE, Prompt, answer_prompts
-from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.loading import DEFAULT_MODEL, load
 from mlx_fastvlm.options import GenerationOptions
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.locked_file import append, open_locked
+from mlx_fastvlm.locked_file import append, closed_on_failure, open_locked
 
 FORMAT = "mlx_fastvlm_eval"
 FORMAT_VERSION = 1
@@ -86,18 +85,9 @@ class RunFile:
     def __init__(self, path: Path, settings: Settings):
         self._name = path
         self.rows: dict[str, Row] = {}
-        try:
-            self._file = open_locked(Path(os.path.realpath(path)), path)
-        except OSError as error:
-            raise OptionError(f"{path} cannot be written ({error.strerror or error}); give another --out.") from None
-        try:
+        self._file = open_locked(path)
+        with closed_on_failure(self.close, self._failure):
             self._resume(settings)
-        except OSError as error:
-            self.close()
-            raise self._failure(error) from None
-        except BaseException:
-            self.close()
-            raise
 
     def add(self, row: Row) -> None:
         """Append an answer; it is in the file when this returns. Raises FastVLMError if it cannot be written."""

@@ -28,7 +28,7 @@ from mlx_fastvlm.fidelity.pictures import NUM_GENERATED, write_generated
 from mlx_fastvlm.fidelity.results import Cosine, Fidelity, ModelFacts, with_speed
 from mlx_fastvlm.fidelity.stopwatch import SPEED_TOKENS, time_in_turns
 from mlx_fastvlm.generate import generate_step, prefill
-from mlx_fastvlm.image_processing import open_image
+from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.loading import load, resolve_model
 from mlx_fastvlm.options import GenerationOptions
 from mlx_fastvlm.processor import Processor

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_fastvlm.benchmarks.picture import png_bytes
 from mlx_fastvlm.errors import ImageError, OptionError
-from mlx_fastvlm.image_processing import open_image
+from mlx_fastvlm.image_decoding import open_image
 
 OnSkip = Callable[[Path, str], None]  # (a file that is no picture after all, why)
 

@@ -16,7 +16,7 @@ class Limits:
         max_queue: requests that wait for a place.
         max_request_mb: a request's body, in MiB.
         max_images: images of one request.
-        max_image_mp: pixels of one image, in millions; `image_processing` has a limit of its own.
+        max_image_mp: pixels of one image, in millions; `image_decoding` has a limit of its own.
         max_tokens: longest answer, and the length of one whose request names none.
         max_seconds: from a request's arrival to the end of its answer.
         grace_seconds: that answers may still take when the server stops.

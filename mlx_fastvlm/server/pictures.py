@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
-from mlx_fastvlm.image_processing import ImageProcessor, open_image
+from mlx_fastvlm.image_decoding import open_image
+from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.server.api_errors import bad_request, from_library
 from mlx_fastvlm.server.asked import ImageField

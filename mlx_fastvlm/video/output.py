@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mlx_fastvlm.captions.rows import Recipe
 from mlx_fastvlm.errors import FastVLMError, OptionError
-from mlx_fastvlm.locked_file import append, open_locked
+from mlx_fastvlm.locked_file import append, closed_on_failure, open_locked
 from mlx_fastvlm.video.cues import SUBTITLES, CueTrack, clock
 from mlx_fastvlm.video.describing import FrameCaption
 from mlx_fastvlm.video.rows import FrameRow
@@ -158,21 +158,12 @@ class OutputFile:
         self.can_resume = can_resume and isinstance(form, JsonLines)
         self.last: FrameCaption | None = None
         self.last_new: FrameCaption | None = None
-        try:
-            self._file = open_locked(Path(os.path.realpath(path)), path)
-        except OSError as error:
-            raise OptionError(f"{path} cannot be written ({error.strerror or error}); choose another place.") from None
-        try:
+        self._file = open_locked(path)
+        with closed_on_failure(self.close, self._failure):
             if os.fstat(self._file.fileno()).st_size and not overwrite:
                 if not self.can_resume:
                     raise OptionError(f"{path} is there already: give another --out, or replace it with --overwrite.")
                 self._resume(source, recipe)
-        except OSError as error:
-            self.close()
-            raise self._failure(error) from None
-        except BaseException:
-            self.close()
-            raise
 
     def add(self, row: FrameRow) -> None:
         """Append what the row adds; it is in the file when this returns. Raises FastVLMError."""
