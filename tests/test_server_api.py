@@ -11,9 +11,11 @@ import PIL.Image
 import pytest
 
 from mlx_fastvlm import load
+from mlx_fastvlm.auto_resolution import AutoResolution
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.feature_cache import image_features
 from mlx_fastvlm.generate import stream_generate
+from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.reuse import Reuse
 from tests.demo_pictures import draw
@@ -292,6 +294,25 @@ def test_resolution_and_fit_are_the_librarys(live, library):
         assert (text_of(answer), answer.usage.prompt_tokens) == (text_of(expected), expected[-1].prompt_tokens)
     # The rows of one size are not taken for those of another.
     assert text_of(live.ask(QUESTION, wide)) == text_of(library(QUESTION, wide))
+
+
+def test_resolution_auto_chooses_one_for_all_pictures_of_a_request(demo, library):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (300, 200), "red").save(file, "PNG")
+    flat = file.getvalue()
+    auto = AutoResolution(256, ((64, 1e-6),))
+    assert auto.choose(open_image(SHAPES)) == 256
+    with serving(*demo, defaults={"resolution": auto}) as live:
+        assert live.openai().models.retrieve("demo").mlx_fastvlm["default_resolution"] == 256
+        for pictures, side in ([flat], 64), ([SHAPES], 256), ([flat, SHAPES], 256), ([flat], 64):
+            expected = library(QUESTION, pictures, resolution=side)
+            answer = live.ask(QUESTION, *pictures)
+            assert (text_of(answer), answer.usage.prompt_tokens) == (text_of(expected), expected[-1].prompt_tokens)
+        assert live.ask(QUESTION, max_tokens=1).usage.prompt_tokens  # no picture, nothing to choose
+        # A client's "auto" has the model's own thresholds, the same as the library's.
+        expected = library(QUESTION, SHAPES, resolution="auto")
+        answer = live.ask(QUESTION, SHAPES, extra_body={"resolution": "auto"})
+        assert (text_of(answer), answer.usage.prompt_tokens) == (text_of(expected), expected[-1].prompt_tokens)
 
 
 @pytest.mark.filterwarnings("ignore:This model was trained")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_fastvlm.cli.options import ComputeDType, Fit, FitOption
+from mlx_fastvlm.cli.options import ComputeDType, Fit, FitOption, resolution_of
 from mlx_fastvlm.cli.terminal import DType, Revision, load_model, say
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.loading import DEFAULT_MODEL
@@ -57,9 +57,12 @@ def serve(
         typer.Option(help="Web pages from there may call; may be given again.", metavar="URL", show_default=False),
     ] = None,
     resolution: Annotated[
-        int | None,
+        Any,  # of what `resolution_of` gives, or None
         typer.Option(
-            help="Pixels on a side in which the model sees pictures, where a request does not say; a multiple of 64.",
+            metavar="N|auto",
+            parser=resolution_of,
+            help="Pixels on a side in which the model sees pictures, where a request does not say; a multiple of 64, or "
+            "auto: by their detail.",
             show_default="as trained",
         ),
     ] = None,

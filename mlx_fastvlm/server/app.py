@@ -43,6 +43,7 @@ from mlx_fastvlm.server.token_logprobs import LogprobsForm
 T = TypeVar("T")
 
 _TOKENIZED_AT_ONCE = 2
+_SHOULD = "Input should be "  # how pydantic begins
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,11 @@ def _card(served: ServedModel, limits: Limits) -> dict[str, Any]:
     """A model as GET /v1/models lists it, with what OpenAI's clients do not ask for but the page does."""
     image_processor = served.processor.image_processor
     resolutions = image_processor.resolutions
+    default = served.defaults.get("resolution")
     facts = {
         "resolution": image_processor.image_size,
-        "default_resolution": served.defaults.get("resolution", image_processor.image_size),
+        # With "auto" the largest that it chooses.
+        "default_resolution": default if isinstance(default, int) else image_processor.image_size,
         "fit": image_processor.fit,
         "default_fit": served.defaults.get("fit", image_processor.fit),
         "min_resolution": resolutions[0],
@@ -305,7 +308,8 @@ def _client(request: Request, asked: Asked) -> str:
 
 
 def _malformed(error: RequestValidationError) -> ApiError:
-    """What is wrong with a body. Of alternatives each has its fault: the deepest, and not of a wrong type, is meant."""
+    """What is wrong with a body. Of alternatives each has its fault: the deepest is meant, and not one of a wrong type
+    unless all are; where several are as deep, all that may stand there is said."""
     faults = [(_field(fault, error.body), fault) for fault in error.errors()]
     place, fault = max(faults, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
     if fault["type"] == "json_invalid":
@@ -313,7 +317,10 @@ def _malformed(error: RequestValidationError) -> ApiError:
     if not place:
         return bad_request("The body is not a JSON object; send one, with Content-Type: application/json.")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
-    return bad_request(f"{param}: {fault['msg']}.", param)
+    expected = [each["msg"] for where, each in faults if where == place and each["msg"].startswith(_SHOULD)]
+    if fault["msg"] not in expected:
+        return bad_request(f"{param}: {fault['msg']}.", param)
+    return bad_request(f"{param}: {_SHOULD}{' or '.join(each.removeprefix(_SHOULD) for each in expected)}.", param)
 
 
 def _field(fault: Mapping[str, Any], body: Any) -> Sequence[str | int]:

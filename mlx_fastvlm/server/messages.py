@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlx_fastvlm.answer import GenerationResponse
 from mlx_fastvlm.server.api_errors import ApiError, bad_request
 from mlx_fastvlm.server.asked import Asked, ImageField, Part, given, turn
+from mlx_fastvlm.server.schema import Resolution
 
 _MAX_STOPS = 16
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -73,7 +74,7 @@ class MessagesRequest(_Block):
     stop_sequences: Annotated[list[str], Field(max_length=_MAX_STOPS)] | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
-    resolution: int | None = Field(default=None, description="Side of the square that the model sees, in pixels.")
+    resolution: Resolution = None
     fit: Literal["pad", "crop", "native"] | None = Field(default=None, description="How a picture comes to its shape.")
     # Known, and not to be had:
     tools: list[Any] | None = None

@@ -10,12 +10,14 @@ import re
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
-from mlx_fastvlm.image_decoding import open_image
+from mlx_fastvlm.image_decoding import ImageSource, open_image
 from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.server.api_errors import bad_request, from_library
@@ -24,7 +26,10 @@ from mlx_fastvlm.server.fair_workers import FairWorkers
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.remote_images import fetch_image
 
+_T = TypeVar("_T")
+
 _KEPT_BYTES = 2**26  # 21 squares of 1024 pixels
+_KEPT_CHOICES = 1000
 _DECODED_AT_ONCE = 2  # each may take four bytes a pixel for a moment, and as much again
 _FETCHED_AT_ONCE = 8  # each mostly waits
 _PNG_BEGINNING = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and then its size
@@ -46,17 +51,23 @@ class Pictures:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, ImageProcessor], ImageContent] = OrderedDict()  # least recently used first
         self._bytes = 0
+        self._choices: OrderedDict[tuple[str, ImageProcessor], ImageProcessor] = (
+            OrderedDict()
+        )  # of `auto`, oldest first
 
     async def read(
         self, images: Sequence[ImageField], image_processor: ImageProcessor, client: str, clock: StageClock
-    ) -> list[ImageContent]:
+    ) -> tuple[list[ImageContent], ImageProcessor]:
         """The images of a request.
 
         Args:
             images: where they are.
-            image_processor: gives them their size.
+            image_processor: gives them their size. With `auto` it is the largest that is chosen for one of them.
             client: whose turn it takes, for each image one.
             clock: fetch, wait and decode are booked on it.
+
+        Returns:
+            They, and what gave them their size, without `auto`.
 
         Raises:
             ApiError: there are too many, a URL is not allowed or does not lead to an image, or one cannot be decoded.
@@ -65,21 +76,35 @@ class Pictures:
             raise bad_request(
                 f"The request has {len(images)} images; at most {self._limits.max_images} are taken.", "messages"
             )
-        return [await self._read(image, image_processor, client, clock) for image in images]
+        sources = [await self._source(image, client, clock) for image in images]
+        if image_processor.auto is not None:
+            chosen = await self._in_turn(self._chosen, images, sources, image_processor, client, clock)
+            image_processor = max(chosen, key=lambda each: each.image_size, default=replace(image_processor, auto=None))
+        contents = await self._in_turn(self._decoded, images, sources, image_processor, client, clock)
+        return contents, image_processor
 
     def close(self) -> None:
         """Read no more."""
         self._decoders.close()
         self._fetchers.close()
 
-    async def _read(
-        self, image: ImageField, image_processor: ImageProcessor, client: str, clock: StageClock
-    ) -> ImageContent:
-        try:
-            source = await self._source(image, client, clock)
-            return await self._decoders.run(client, self._decoded, source, image_processor, clock)
-        except ImageError as error:
-            raise from_library(error, image.param) from None
+    async def _in_turn(
+        self,
+        work: Callable[[str | bytes, ImageProcessor, StageClock], _T],
+        images: Sequence[ImageField],
+        sources: Sequence[str | bytes],
+        image_processor: ImageProcessor,
+        client: str,
+        clock: StageClock,
+    ) -> list[_T]:
+        """What a decoder's work makes of each image."""
+        results = []
+        for image, source in zip(images, sources, strict=True):
+            try:
+                results.append(await self._decoders.run(client, work, source, image_processor, clock))
+            except ImageError as error:
+                raise from_library(error, image.param) from None
+        return results
 
     async def _source(self, image: ImageField, client: str, clock: StageClock) -> str | bytes:
         """A data: URL itself, or what another leads to."""
@@ -92,9 +117,12 @@ class Pictures:
                 "This server fetches no images: send a data: URL, or start it with --allow-remote-images.", image.param
             )
         limits = self._limits
-        file = await self._fetchers.run(
-            client, fetch_image, image.url, limits.remote_image_mb, limits.remote_image_seconds
-        )
+        try:
+            file = await self._fetchers.run(
+                client, fetch_image, image.url, limits.remote_image_mb, limits.remote_image_seconds
+            )
+        except ImageError as error:
+            raise from_library(error, image.param) from None
         clock.lap("fetch")
         return file
 
@@ -106,6 +134,24 @@ class Pictures:
         clock.lap("decode")
         return small
 
+    def _chosen(self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock) -> ImageProcessor:
+        """What `auto` chooses for the image, which is then decoded and known in that size."""
+        clock.lap("wait")
+        content = recognize(read_image_bytes(source), image_processor.background, "The image")
+        name = (content.digest, image_processor)
+        with self._lock:
+            chosen = self._choices.get(name)
+        if chosen is None:
+            picture = self._opened(content, image_processor)
+            chosen = image_processor.chosen_for(picture)
+            self._keep(content, chosen, picture)
+            with self._lock:
+                self._choices[name] = chosen
+                while len(self._choices) > _KEPT_CHOICES:
+                    self._choices.popitem(last=False)
+        clock.lap("decode")
+        return chosen
+
     def _known(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent | None:
         with self._lock:
             known = self._kept.get((content.digest, image_processor))
@@ -114,8 +160,14 @@ class Pictures:
             return known
 
     def _shrunk(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent:
+        return self._keep(content, image_processor, self._opened(content, image_processor))
+
+    def _opened(self, content: ImageContent, image_processor: ImageProcessor) -> ImageSource:
         self._check_size(content)
-        picture = open_image(content.open(), background=image_processor.background)
+        return open_image(content.open(), background=image_processor.background)
+
+    def _keep(self, content: ImageContent, image_processor: ImageProcessor, picture: ImageSource) -> ImageContent:
+        """The picture in the model's size, from now on known."""
         small = ImageContent(content.digest, image_processor.to_bytes(picture), content.name)
         with self._lock:
             if self._kept.setdefault((content.digest, image_processor), small) is small:

@@ -61,8 +61,9 @@ class Reader:
         self._check_length(asked)
         self._check_words(asked)
         options = self._options(asked, max_tokens=1)  # what is wrong there is said before any work
-        image_processor = self._image_processor(options)
-        images = await self._pictures.read(asked.images, image_processor, client, clock)
+        images, image_processor = await self._pictures.read(asked.images, self._image_processor(options), client, clock)
+        # "auto" is a number by now.
+        asked = replace(asked, options={**asked.options, "resolution": image_processor.image_size})
         question = await self._words.run(client, self._tokenized, asked, images, image_processor, clock)
         if not question.options.is_constrained:
             return question
@@ -105,7 +106,7 @@ class Reader:
 
     def _image_processor(self, options: GenerationOptions) -> ImageProcessor:
         try:
-            return self._processor.image_processor.at(options.resolution, options.fit)
+            return self._processor.images_at(options.resolution, options.fit)
         except FastVLMError as error:
             raise from_library(error, "resolution") from None
 

@@ -17,6 +17,11 @@ from mlx_fastvlm.server.asked import Asked, ImageField, Part, given, turn
 
 _MAX_STOPS = 4  # as at OpenAI
 _MAX_TOP = 20  # likeliest tokens, as at OpenAI
+
+Resolution = Annotated[
+    int | Literal["auto"] | None,
+    Field(description="Side of the square that the model sees, in pixels; auto: as the picture's detail needs it."),
+]
 _UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias", "tools")  # unless empty, or 0
 
 
@@ -78,7 +83,7 @@ class ChatRequest(_Part):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    resolution: int | None = Field(default=None, description="Side of the square that the model sees, in pixels.")
+    resolution: Resolution = None
     fit: Literal["pad", "crop", "native"] | None = Field(default=None, description="How a picture comes to its shape.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP)] | None = None
