@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_fastvlm import generate
 from mlx_fastvlm.cli.eval import evaluation
 from mlx_fastvlm.errors import FastVLMError, OptionError
 from mlx_fastvlm.evaluation.comparison import compare_runs, format_comparison
@@ -72,6 +73,16 @@ def test_options_reach_the_answers(run, easy_vqa):
     assert settings.template == "{question}\nReally?"
     assert settings.options == {"max_tokens": 1, "fit": "crop", "system": "Be brief."}
     assert [row.tokens for row in rows.values()] == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore::mlx_fastvlm.errors.FastVLMWarning")
+def test_answers_about_tiles_are_those_of_generate(run, easy_vqa, demo):
+    run("easy-vqa", "demo", "--data", easy_vqa, "--out", "o.jsonl", "--fit", "tiles", "--resolution", 128)
+    _, rows = read_run(Path("o.jsonl"))
+    for row in rows.values():
+        image = easy_vqa / row.image
+        expected = generate(*demo, row.question, image=image, fit="tiles", resolution=128, max_tokens=128)
+        assert row.answer == expected.strip()
 
 
 def test_every_task_can_be_run(run, tmp_path):

@@ -67,8 +67,11 @@ def test_frames_that_did_not_change_can_be_left_out(demo, clip):
     assert [(row.time, row.text) for row in found] == list(zip([0.0, 1.0, 2.0, 3.0], CAPTIONS, strict=True))
 
 
-def test_a_description_is_what_generate_says_of_the_frame(demo):
-    options = {"max_tokens": 12, "resolution": 256, "fit": "crop"}
+@pytest.mark.filterwarnings("ignore:Tiles")
+@pytest.mark.filterwarnings("ignore:This model was trained")
+@pytest.mark.parametrize("shown", [{"resolution": 256, "fit": "crop"}, {"resolution": 128, "fit": "tiles"}])
+def test_a_description_is_what_generate_says_of_the_frame(demo, shown):
+    options = {"max_tokens": 12, **shown}
     wide = np.concatenate([PICTURES[0], PICTURES[1]], axis=1)
     (row,) = describe(demo, [frame(wide)], prompt="What is in the center?", **options)
     assert row.text == generate(*demo, "What is in the center?", image=wide, **options)
