@@ -16,7 +16,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from mlx_fastvlm.generate import prefill
-from mlx_fastvlm.image_processing import ImageSource
+from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
 

@@ -85,12 +85,7 @@ def open_image(source: ImageSource, *, background: Background = "white") -> Imag
     """
     check_background(background)
     name = source_name(source)
-    if isinstance(source, Image.Image):
-        image = source
-    elif isinstance(source, np.ndarray):
-        image = _from_array(source)
-    else:
-        image = _read_header(read_image_bytes(source), name, named_page(source))
+    image, _ = _undecoded(source, name)
     _check_size(image, name)
     try:
         # No Image.draft: decoding a JPEG at half size is faster, but its pixels are not those of a full decode.
@@ -109,13 +104,8 @@ def image_size(source: ImageSource) -> tuple[int, int]:
         ImageError: as `open_image`, for what a file's beginning tells.
     """
     name = source_name(source)
-    if isinstance(source, Image.Image):
-        image = source
-    elif isinstance(source, np.ndarray):
-        image = _from_array(source)
-    else:
-        data = read_image_bytes(source)
-        image = _read_header(data, name, named_page(source))
+    image, data = _undecoded(source, name)
+    if data is not None:
         _check_size(image, name)
         # Pillow would decode a PNG to look behind its pixels.
         if image.format == "PNG" and not any(mark in data for mark in _PNG_ORIENTATIONS):
@@ -131,6 +121,16 @@ def check_background(background: str) -> None:
     """Raise OptionError unless it is one of `Background`."""
     if background not in get_args(Background):
         raise OptionError(f"The background is {background!r}; it must be one of {', '.join(get_args(Background))}.")
+
+
+def _undecoded(source: ImageSource, name: str) -> tuple[Image.Image, bytes | None]:
+    """The image, of a file without its pixels, and the file's bytes."""
+    if isinstance(source, Image.Image):
+        return source, None
+    if isinstance(source, np.ndarray):
+        return _from_array(source), None
+    data = read_image_bytes(source)
+    return _read_header(data, name, named_page(source)), data
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -176,15 +176,19 @@ def test_one_very_long_answer_does_not_let_memory_grow(tiny, monkeypatch):
     images, waiting = Counted(LANDSCAPE), []
 
     class Watched(captioning._Work):
+        def begin(self, index, image, pixels):
+            self._options = options(60 if index == 0 else 2)
+            super().begin(index, image, pixels)
+
         def step(self, hurry):
             super().step(hurry)
-            if self._answers and min(answer.index for answer in self._answers.values()) == 0:
-                self._options = short  # for all but the first
             waiting.append((images.taken, len(self.captions)))
 
-    short = captioning.GenerationOptions(max_tokens=2)
+    def options(max_tokens):
+        return captioning.GenerationOptions(max_tokens=max_tokens, repetition_penalty=1e6)
+
     monkeypatch.setattr(captioning, "_Work", Watched)
-    first = next(caption_images(*tiny, images, batch_size=2, max_tokens=60, repetition_penalty=1e6))
+    first = next(caption_images(*tiny, images, batch_size=2))
     assert first.generation_tokens == 60
     assert max(taken for taken, _ in waiting) == 12
     assert 10 <= max(held for _, held in waiting) <= 12

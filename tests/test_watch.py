@@ -234,15 +234,18 @@ def start(folder, *arguments):
 def wait_for(happens, process):
     until = time.monotonic() + 120
     while not happens():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"It did not happen: {process.communicate()}")
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", ["live.vtt", "live.jsonl"])
 def test_ctrl_c_ends_a_live_run_with_a_whole_file(tmp_path, name):
     out = tmp_path / name
-    changing = "lavfi:testsrc=size=256x256:rate=20,realtime"
-    process = start(tmp_path, changing, "--out", name, "--max-tokens", 4, "--threshold", 0)
+    changing = "lavfi:color=red:size=256x256:rate=20,hue=h=t*180,realtime"  # in half a turn red becomes cyan
+    question = ("--prompt", "what color is the background?")  # a cue ends when the answer becomes another
+    process = start(tmp_path, changing, *question, "--out", name, "--max-tokens", 4, "--threshold", 0)
     wait_for(lambda: out.exists() and out.stat().st_size > 8, process)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

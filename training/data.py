@@ -36,9 +36,36 @@ DENSE_LABELS = {
 }
 
 
+@dataclass(frozen=True)
+class View:
+    """How pictures are shown.
+
+    Attributes:
+        resolution: of the longer side.
+        aspect: (width, height) of all generated pictures, the longer 1; None leaves it to their seeds.
+        padded: to a square; else the tower sees the rectangle, and the aspect must be given.
+    """
+
+    resolution: int = IMAGE_SIZE
+    aspect: tuple[float, float] | None = None
+    padded: bool = True
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the dense labels, which are of a grid, belong to it."""
+        return self.resolution == IMAGE_SIZE and self.padded
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 (H, W, 3)."""
+        return to_square_array(image, self.resolution) if self.padded else np.asarray(image)
+
+
+AS_DRAWN = View()
+
+
 @dataclass
 class Sample:
-    """pixels: uint8 (R, R, 3); caption says all that may be asked; ask draws (prompt, answer) pairs; labels by name."""
+    """pixels: uint8 (H, W, 3); caption says all that may be asked; ask draws (prompt, answer) pairs; labels by name."""
 
     pixels: np.ndarray
     caption: str
@@ -62,7 +89,7 @@ def _regions(image: Image.Image, boxes: list[tuple[float, float, float, float]],
     return classes.flatten().tolist()
 
 
-def scene_sample(scene: scenes.Scene, rng: random.Random) -> Sample:
+def scene_sample(scene: scenes.Scene, rng: random.Random, view: View) -> Sample:
     kind, color, size = [0] * 9, [IGNORE] * 9, [IGNORE] * 9
     for shape in scene.shapes:
         kind[shape.cell] = 1 + _index(scenes.SHAPES, shape.kind)
@@ -73,12 +100,11 @@ def scene_sample(scene: scenes.Scene, rng: random.Random) -> Sample:
     boxes = [tuple(edge * IMAGE_SIZE for edge in corner) for corner in corners]
     regions = _regions(image, boxes, [shape.kind for shape in scene.shapes])
     labels = {"region": regions, "cell_kind": kind, "cell_color": color, "cell_size": size}
-    pixels = to_square_array(image, IMAGE_SIZE)
     ask = partial(dialogues.scene_dialogue, scene)
-    return Sample(pixels, scenes.caption(scene), ask, ask(rng), labels)
+    return Sample(view.pixels(image), scenes.caption(scene), ask, ask(rng), labels)
 
 
-def text_sample(picture: text_pictures.TextPicture, rng: random.Random) -> Sample:
+def text_sample(picture: text_pictures.TextPicture, rng: random.Random, view: View) -> Sample:
     blank = len(text_pictures.ALPHABET)
     characters = [text_pictures.ALPHABET.index(c) for c in picture.text]
     image = text_pictures.render(picture, IMAGE_SIZE)
@@ -88,9 +114,8 @@ def text_sample(picture: text_pictures.TextPicture, rng: random.Random) -> Sampl
         "ink": [_index(text_pictures.COLORS, picture.ink)],
         "paper": [_index(text_pictures.COLORS, picture.paper)],
     }
-    pixels = to_square_array(image, IMAGE_SIZE)
     ask = partial(dialogues.text_dialogue, picture)
-    return Sample(pixels, text_pictures.caption(picture), ask, ask(rng), labels)
+    return Sample(view.pixels(image), text_pictures.caption(picture), ask, ask(rng), labels)
 
 
 class TrainingData:
@@ -106,17 +131,17 @@ class TrainingData:
         self.labels = {i: easy_vqa_data.labels(asked) for i, asked in self.questions.items()}
         self.ids = [i for i, found in self.labels.items() if i < FIRST_VALIDATION_IMAGE and all(found)]
 
-    def sample(self, index: int, mixture: tuple[float, ...]) -> Sample:
-        """Sample number `index`; mixture is the share of each of KINDS."""
+    def sample(self, index: int, mixture: tuple[float, ...], view: View = AS_DRAWN) -> Sample:
+        """Sample number `index`; mixture is the share of each of KINDS. With a view's aspect none is of easy-VQA."""
         rng = random.Random(index)
         kind = rng.choices(KINDS, mixture)[0]
-        if kind == "scene":
-            return scene_sample(scenes.make_scene(index), rng)
         if kind == "text":
-            return text_sample(text_pictures.make_text_picture(index), rng)
+            return text_sample(text_pictures.make_text_picture(index, aspect=view.aspect), rng, view)
+        if kind == "scene" or view.aspect:
+            return scene_sample(scenes.make_scene(index, view.aspect), rng, view)
         image_id = rng.choice(self.ids)
         shape, color = self.labels[image_id]
-        turned = to_square_array(self.images[image_id].transpose(rng.choice(list(Image.Transpose))), IMAGE_SIZE)
+        turned = view.pixels(self.images[image_id].transpose(rng.choice(list(Image.Transpose))))
         ask = partial(dialogues.easy_vqa_dialogue, self.questions[image_id], shape, color)
         labels = {
             "easy_shape": [_index(easy_vqa_data.SHAPES, shape)],
@@ -126,7 +151,7 @@ class TrainingData:
 
 
 def collate(samples: list[Sample]) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[dialogues.Dialogue]]:
-    """uint8 pixels (B, 3, R, R) in channels-last memory, labels (B, answers) filled with IGNORE, dialogues."""
+    """uint8 pixels (B, 3, H, W) in channels-last memory, labels (B, answers) filled with IGNORE, dialogues."""
     pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2)
     labels = {}
     for name, (answers, _) in DENSE_LABELS.items():

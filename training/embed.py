@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from mlx_fastvlm import generate, load
+from mlx_fastvlm.auto_resolution import FILE_NAME
 from mlx_fastvlm.convert import convert
 from training import prompts
 
@@ -25,6 +26,7 @@ def main() -> None:
     )
     demo = ROOT / "mlx_fastvlm" / "assets" / "demo"
     demo.parent.mkdir(exist_ok=True)
+    (demo / FILE_NAME).unlink(missing_ok=True)  # of the earlier weights; evaluate_resolution finds others
     convert(hub, demo, dtype="float16", force=True, source_name="mlx-fastvlm training/")
     model, processor = load("demo")
     answers = {

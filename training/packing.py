@@ -31,7 +31,7 @@ class Packer:
     """Turns dialogues into `Packed` batches.
 
     Args:
-        num_image_tokens: feature rows per picture.
+        num_image_tokens: feature rows per picture of the trained size.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_image_tokens: int):
@@ -60,9 +60,18 @@ class Packer:
                 row.append([token, start + at, segment, label, weight if label != IGNORE else 0.0])
         return row
 
-    def pack(self, conversations: list[list[tuple[str, str]]], contexts: list[str] | None = None) -> Packed:
-        """Pack one dialogue per picture; with `contexts`, those texts stand where the pictures would."""
-        spans = [self.image] * len(conversations) if contexts is None else [self.encode(text) for text in contexts]
+    def pack(
+        self,
+        conversations: list[list[tuple[str, str]]],
+        contexts: list[str] | None = None,
+        num_image_tokens: int | None = None,
+    ) -> Packed:
+        """Pack one dialogue per picture, of another size if so many rows are given.
+
+        With `contexts`, those texts stand where the pictures would.
+        """
+        image = self.image if num_image_tokens is None else [prompts.IMAGE_TOKEN_INDEX] * num_image_tokens
+        spans = [image] * len(conversations) if contexts is None else [self.encode(text) for text in contexts]
         rows = [self._row(dialogue, span) for dialogue, span in zip(conversations, spans, strict=True)]
         length = max(map(len, rows))
         padded = torch.tensor([row + [[0, 0, -1, IGNORE, 0.0]] * (length - len(row)) for row in rows])

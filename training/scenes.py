@@ -95,10 +95,11 @@ def _jitter(rng: random.Random, rgb: tuple[int, int, int], amount: int) -> tuple
     return tuple(min(255, max(0, value + rng.randint(-amount, amount))) for value in rgb)
 
 
-def make_scene(seed: int) -> Scene:
-    """The scene that belongs to a seed."""
+def make_scene(seed: int, aspect: tuple[float, float] | None = None) -> Scene:
+    """The scene that belongs to a seed; `aspect` overrides the drawn one."""
     rng = random.Random(seed)
-    aspect = rng.choices(ASPECTS, (6, 1, 1))[0]
+    drawn = rng.choices(ASPECTS, (6, 1, 1))[0]
+    aspect = aspect or drawn
     background = rng.choice(list(BACKGROUNDS))
     colors = [color for color in COLORS if (color, background) not in TOO_CLOSE]
     shapes = []

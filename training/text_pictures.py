@@ -55,17 +55,17 @@ TRAIN_NUMBERS = tuple(str(n) for n in range(1000) if not is_held_out(n))
 HELD_OUT_NUMBERS = tuple(str(n) for n in range(1000) if is_held_out(n))
 
 
-def make_text_picture(seed: int, text: str | None = None) -> TextPicture:
-    """The text picture that belongs to a seed; `text` overrides the drawn word or number."""
+def make_text_picture(seed: int, text: str | None = None, aspect: tuple[float, float] | None = None) -> TextPicture:
+    """The text picture that belongs to a seed; `text` and `aspect` override what is drawn."""
     rng = random.Random(seed)
     drawn = rng.choice(WORDS) if rng.random() < 0.6 else rng.choice(TRAIN_NUMBERS)
     ink, paper = rng.choice(PAIRS)
-    aspect = rng.choices(ASPECTS, (5, 2, 2, 1))[0]
+    drawn_aspect = rng.choices(ASPECTS, (5, 2, 2, 1))[0]
     box = (0.5 + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.12, 0.12), rng.uniform(0.65, 0.85))
     rgb = tuple(
         tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLORS[name]) for name in (ink, paper)
     )
-    return TextPicture(drawn if text is None else text, ink, paper, aspect, box, rgb)
+    return TextPicture(drawn if text is None else text, ink, paper, aspect or drawn_aspect, box, rgb)
 
 
 def _layout(picture: TextPicture, long_side: int) -> tuple[tuple[int, int], tuple[float, float], FreeTypeFont]:

@@ -8,6 +8,7 @@ Two stages stand in for the pretrained parts that FastVLM starts from, the other
     all        everything on the answers, the dense labels still helping
     language   projector and decoder, many questions on each of a store of pictures that the frozen tower has seen
     again      everything once more, with more of easy-VQA
+    sizes      everything, at several resolutions, with and without padding
 
 Each stage has a budget of wall-clock minutes, which also drives its learning rate. A run starts from the checkpoint in
 the run folder, if there is one, and overwrites it; an interrupted stage continues where it was. The last export is in
@@ -27,7 +28,7 @@ from torch import nn
 
 from training import parallel
 from training.config import model_config
-from training.data import TrainingData, collate, to_pixel_values
+from training.data import AS_DRAWN, TrainingData, View, collate, to_pixel_values
 from training.dense import DenseHeads, dense_accuracy, dense_loss
 from training.dialogues import Dialogue, grammar_corpus
 from training.export import export
@@ -35,21 +36,40 @@ from training.model import FastVLM
 from training.packing import Packer
 from training.tokenizer import load_tokenizer, train_tokenizer
 
-STAGES = ("tower", "decoder", "projector", "all", "language", "again")
-MINUTES = {"tower": 18.0, "decoder": 3.0, "projector": 1.5, "all": 26.0, "language": 20.0, "again": 9.0}
-PEAK_LR = {"tower": 3e-3, "decoder": 2e-3, "projector": 2e-3, "all": 1.5e-3, "language": 2e-3, "again": 6e-4}
+STAGES = ("tower", "decoder", "projector", "all", "language", "again", "sizes")
+MINUTES = {"tower": 18.0, "decoder": 3.0, "projector": 1.5, "all": 26.0, "language": 20.0, "again": 9.0, "sizes": 30.0}
+PEAK_LR = {
+    "tower": 3e-3,
+    "decoder": 2e-3,
+    "projector": 2e-3,
+    "all": 1.5e-3,
+    "language": 2e-3,
+    "again": 6e-4,
+    "sizes": 5e-4,
+}
 TOWER_LR_FACTOR = 0.5
 # Shares of scenes, text pictures and easy-VQA; reading is the slowest to learn.
 MIXTURE = {stage: (0.40, 0.38, 0.22) for stage in ("tower", "decoder", "projector")} | {
     "all": (0.40, 0.46, 0.14),
     "language": (0.45, 0.25, 0.30),
     "again": (0.42, 0.30, 0.28),
+    "sizes": (0.46, 0.30, 0.24),
+}
+# View → share of the steps of `sizes`; the other stages show all pictures as drawn.
+VIEWS = {
+    AS_DRAWN: 0.30,
+    View(192): 0.18,
+    View(128): 0.18,
+    View(aspect=(1.0, 0.75)): 0.10,
+    View(aspect=(0.75, 1.0)): 0.10,
+    View(aspect=(1.0, 0.75), padded=False): 0.07,
+    View(aspect=(0.75, 1.0), padded=False): 0.07,
 }
 WARMUP = 0.05
 FROZEN_NORM_TAIL = 0.2
 WEIGHT_DECAY = 0.05
 DENSE_WEIGHT = 0.3
-BATCH = {"tower": 20, "decoder": 20, "projector": 20, "all": 10, "language": 24, "again": 10}
+BATCH = {"tower": 20, "decoder": 20, "projector": 20, "all": 10, "language": 24, "again": 10, "sizes": 10}
 STORED_PICTURES = 40_000
 REPORT_EVERY, SAVE_EVERY = 50, 400
 SEED = 20251121
@@ -73,12 +93,18 @@ class Run:
         self.data = TrainingData()
         self.samples_seen = 0
 
-    def next_samples(self, stage: str) -> list:
+    def next_view(self, stage: str) -> View:
+        """How the next batch is shown: the same in all processes."""
+        if stage != "sizes":
+            return AS_DRAWN
+        return random.Random(f"view {self.samples_seen}").choices(list(VIEWS), list(VIEWS.values()))[0]
+
+    def next_samples(self, stage: str, view: View = AS_DRAWN) -> list:
         """This process's share of the next batch."""
         first = self.samples_seen + self.rank
         self.samples_seen += BATCH[stage] * self.world
         indices = range(first, self.samples_seen, self.world)
-        return [self.data.sample(index, MIXTURE[stage]) for index in indices]
+        return [self.data.sample(index, MIXTURE[stage], view) for index in indices]
 
     def save(self, **state) -> None:
         parallel.average_batch_norms(self.model.tower)
@@ -121,6 +147,7 @@ def parameter_groups(run: Run, stage: str) -> list[dict]:
         "all": everything,
         "language": [(model.mm_projector, 1.0), (model.decoder, 1.0)],
         "again": everything,
+        "sizes": everything,
     }[stage]
     groups = []
     for part, factor in parts:
@@ -143,12 +170,14 @@ def decoder_loss(run: Run, samples: list) -> tuple[torch.Tensor, dict]:
     return run.model.answer_loss(packed, None), {}
 
 
-def answer_loss(run: Run, samples: list, train_tower: bool) -> tuple[torch.Tensor, dict]:
+def answer_loss(run: Run, samples: list, train_tower: bool, dense: bool = True) -> tuple[torch.Tensor, dict]:
+    """The answers', and the dense labels' if the tower is trained and they are wanted."""
     pixels, labels, conversations = collate(samples)
     with torch.set_grad_enabled(train_tower):
         middle, features = run.model.tower.forward_maps(to_pixel_values(pixels))
-    answers = run.model.answer_loss(run.packer.pack(conversations), run.model.encode_images(features))
-    if not train_tower:
+    rows = run.model.encode_images(features)
+    answers = run.model.answer_loss(run.packer.pack(conversations, num_image_tokens=rows.shape[1]), rows)
+    if not (train_tower and dense):
         return answers, {}
     logits = run.heads(middle, features)
     extra = {"answer_loss": answers.item(), "dense": dense_accuracy(logits, labels)}
@@ -181,16 +210,20 @@ def language_loss(run: Run, store: PictureStore) -> tuple[torch.Tensor, dict]:
     return run.model.answer_loss(run.packer.pack(conversations), run.model.encode_images(features)), {}
 
 
+def stage_loss(run: Run, stage: str) -> tuple[torch.Tensor, dict]:
+    """On the next batch, with what to report beside it."""
+    view = run.next_view(stage)
+    samples = run.next_samples(stage, view)
+    if stage == "tower":
+        return tower_loss(run, samples)
+    if stage == "decoder":
+        return decoder_loss(run, samples)
+    return answer_loss(run, samples, train_tower=stage != "projector", dense=view.has_labels)
+
+
 def run_stage(run: Run, stage: str, minutes: float, state: dict | None) -> None:
     """Train one stage for its budget, reporting and saving on the way; `state` is its checkpoint if it was cut off."""
     store = PictureStore(run, stage) if stage == "language" else None
-    losses = {
-        "tower": tower_loss,
-        "decoder": decoder_loss,
-        "projector": lambda run, samples: answer_loss(run, samples, train_tower=False),
-        "all": lambda run, samples: answer_loss(run, samples, train_tower=True),
-        "again": lambda run, samples: answer_loss(run, samples, train_tower=True),
-    }
     optimizer = torch.optim.AdamW(parameter_groups(run, stage), lr=0.0, betas=(0.9, 0.98))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spent, step = 0.0, 0
@@ -209,14 +242,13 @@ def run_stage(run: Run, stage: str, minutes: float, state: dict | None) -> None:
         parallel.average_([progress])
         if progress >= 1:
             break
-        if stage in ("projector", "language") or (stage in ("all", "again") and progress > 1 - FROZEN_NORM_TAIL):
+        if stage in ("projector", "language", "sizes") or (
+            stage in ("all", "again") and progress > 1 - FROZEN_NORM_TAIL
+        ):
             run.model.tower.eval()
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR[stage] * group["factor"] * learning_rate_factor(progress.item())
-        if store:
-            loss, extra = language_loss(run, store)
-        else:
-            loss, extra = losses[stage](run, run.next_samples(stage))
+        loss, extra = language_loss(run, store) if store else stage_loss(run, stage)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parallel.average_gradients(parameters)
