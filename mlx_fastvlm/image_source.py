@@ -1,6 +1,6 @@
 """From what a user names (path, "-", URL, bytes, open file) to the bytes of an image file.
 
-Knows where bytes come from and how many are too many. What the bytes mean is image_processing's concern.
+Knows where bytes come from and how many are too many. What the bytes mean is image_decoding's concern.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mlx_fastvlm.image_decoding import ImageSource
 from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.json_file import read_json_object
 from mlx_fastvlm.prompt import Message, build_prompt, tokenize_prompt
-from mlx_fastvlm.resolution import Fit
+from mlx_fastvlm.resolution import Fit, check_resolution
 from mlx_fastvlm.text_stream import TextStream
 from mlx_fastvlm.tiling import Grid, Tiling
 
@@ -97,6 +97,8 @@ class Processor:
                     f"The thresholds are for a model trained on {resolution.trained} pixels, this one was on "
                     f"{trained.image_size}: run mlx-fastvlm calibrate-resolution with this one."
                 )
+            for side, _ in resolution.steps:
+                check_resolution(side, trained.resolutions)
             chosen = replace(trained.at(fit=fit), auto=resolution)
         else:
             chosen = trained.at(resolution, fit)
@@ -129,7 +131,7 @@ def _notices(trained: ImageProcessor, chosen: ImageProcessor) -> list[str]:
     notices = []
     if chosen.image_size != trained.image_size:
         notices.append(
-            f"This model was trained on images of {trained.image_size}x{trained.image_size} pixels; "
+            f"This model was trained mainly on images of {trained.image_size}x{trained.image_size} pixels; "
             f"at {chosen.image_size} its answers may be worse."
         )
     if chosen.auto is not None and not chosen.auto.calibrated:
@@ -137,7 +139,7 @@ def _notices(trained: ImageProcessor, chosen: ImageProcessor) -> list[str]:
             "The thresholds of resolution auto are guessed for this model: mlx-fastvlm calibrate-resolution finds better ones."
         )
     if chosen.fit == "native" != trained.fit:
-        notices.append("This model was trained on square images; of rectangles (fit native) it may say less.")
+        notices.append("This model was trained mainly on square images; of rectangles (fit native) it may say less.")
     if chosen.fit == "tiles" != trained.fit:
         notices.append(
             "This model was trained on whole pictures; of one in tiles it may say less, or take its parts apart."

@@ -16,6 +16,7 @@ from mlx_fastvlm.captions.captioning import caption_images
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.options import GenerationOptions
+from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.resolution_calibration import calibrate_resolution, find_thresholds
 from tests.conftest import GOLDEN
 from tests.demo_pictures import draw
@@ -177,6 +178,12 @@ class TestAnswers:
     def test_thresholds_of_another_model_are_refused(self, tiny, pictures):
         with pytest.raises(OptionError, match="trained on 1024 pixels, this one was on 256"):
             generate(*tiny, "Hi", pictures[0], resolution=replace(AUTO, trained=1024))
+
+    def test_a_step_that_the_model_has_not_is_refused(self, tiny, pictures):
+        model, processor = tiny
+        larger = Processor(processor.tokenizer, processor.image_processor.at(1024), processor.eos_token_ids)
+        with pytest.raises(OptionError, match="from 256 to 2048: 256 is nearest"):
+            generate(model, larger, "Hi", pictures[0], resolution=AutoResolution(1024, ((128, 0.1),)))
 
 
 def test_thresholds_lie_in_the_models_folder(converted_folder, tmp_path):

@@ -1,28 +1,23 @@
 """`mlx-fastvlm bench`: the benchmarks' own parsers behind the command line, and nothing of them for other commands."""
 
-import sys
 from importlib.util import find_spec
 
 import pytest
 
-from mlx_fastvlm import cli
 from mlx_fastvlm.benchmarks import COMMANDS
 from tests.conftest import GOLDEN
 
 PICTURE = GOLDEN / "images" / "landscape.png"
 
 
-def bench(*arguments, monkeypatch, capsys):
-    """Run the command line; (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", "bench", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code or 0, *capsys.readouterr()
+@pytest.fixture
+def bench(command_line):
+    return lambda *arguments: command_line("bench", *arguments)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
-def test_the_group_lists_its_commands(arguments, monkeypatch, capsys):
-    code, out, _ = bench(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+def test_the_group_lists_its_commands(arguments, bench):
+    code, out, _ = bench(*arguments)
     assert code == 0
     for name, summary in COMMANDS.items():
         assert name in out and summary in out
@@ -31,8 +26,8 @@ def test_the_group_lists_its_commands(arguments, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "name", [name for name in COMMANDS if find_spec(f"mlx_fastvlm.benchmarks.{name.replace('-', '_')}")]
 )
-def test_every_command_explains_itself(name, monkeypatch, capsys):
-    code, out, _ = bench(name, "--help", monkeypatch=monkeypatch, capsys=capsys)
+def test_every_command_explains_itself(name, bench):
+    code, out, _ = bench(name, "--help")
     assert code == 0
     assert out.startswith(f"usage: mlx-fastvlm bench {name} ")
     assert "--save" in out
@@ -54,14 +49,14 @@ def test_every_command_explains_itself(name, monkeypatch, capsys):
         (("nonsense",), "mlx-fastvlm: No such command 'nonsense'"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_1(arguments, message, monkeypatch, capsys):
-    code, out, err = bench(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+def test_wrong_usage_is_one_line_and_exit_code_1(arguments, message, bench):
+    code, out, err = bench(*arguments)
     assert (code, out) == (1, "")
     assert message in err
     assert len(err.splitlines()) == 1
 
 
-def test_arguments_reach_the_benchmark_as_they_are(monkeypatch, capsys, tmp_path):
-    code, _, err = bench("ttft", "--model", tmp_path / "nowhere", monkeypatch=monkeypatch, capsys=capsys)
+def test_arguments_reach_the_benchmark_as_they_are(monkeypatch, bench, tmp_path):
+    code, _, err = bench("ttft", "--model", tmp_path / "nowhere")
     assert code == 1
     assert err.splitlines()[-1].startswith(f"ttft: There is no folder {tmp_path / 'nowhere'}")

@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import shutil
-import signal
-import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_fastvlm import BatchGenerator, Conversation, GenerationOptions, Reuse, caption_images, cli, load
+from mlx_fastvlm import BatchGenerator, Conversation, GenerationOptions, Reuse, caption_images, load
 from mlx_fastvlm.embedding import embed_images
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.generate import stream_generate
@@ -225,28 +223,14 @@ def test_what_cannot_be_had_says_why(loaded):
 # The command
 
 
-def test_describe_in_tiles(loaded, tmp_path, capsys, monkeypatch):
+def test_describe_in_tiles(loaded, tmp_path, command_line, monkeypatch):
     monkeypatch.setattr("mlx_fastvlm.cli.describe.load_model", lambda *args: loaded)
     noise(500, 500).save(tmp_path / "picture.png")
+    given = ["describe", tmp_path / "picture.png", "--model", "demo", "--json", "--max-tokens", 2]
 
     def described(*arguments):
-        given = [
-            "describe",
-            str(tmp_path / "picture.png"),
-            "--model",
-            "demo",
-            "--json",
-            "--max-tokens",
-            "2",
-            *arguments,
-        ]
-        monkeypatch.setattr(sys, "argv", ["mlx-fastvlm", *given])
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        out, errors = capsys.readouterr()
-        return json.loads(out)["prompt_tokens"] if not end.value.code else errors
+        code, out, errors = command_line(*given, *arguments)
+        return errors if code else json.loads(out)["prompt_tokens"]
 
     whole = described()
     assert described("--fit", "tiles") == whole + 4 * 16

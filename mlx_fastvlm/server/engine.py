@@ -228,11 +228,9 @@ class Engine:
             each.clock.lap("encode")
 
     def _new_images(self, job: Job) -> list[tuple[ImageContent, ImageProcessor]]:
-        """A question's images that are to be encoded, with how they are prepared, as far as that is known."""
+        """A question's images that are to be encoded, with how they are prepared."""
         options, features = job.question.options, self._reuse.features
         processor = self._processor.images_at(options.resolution, options.fit)
-        if processor.auto is not None:
-            return []
         return [(image, processor) for image in job.question.images if not features.has(image, processor)]
 
     def _prefill(self, job: Job) -> int:

@@ -76,35 +76,41 @@ class Pictures:
             raise bad_request(
                 f"The request has {len(images)} images; at most {self._limits.max_images} are taken.", "messages"
             )
-        sources = [await self._source(image, client, clock) for image in images]
-        if image_processor.auto is not None:
-            chosen = await self._in_turn(self._chosen, images, sources, image_processor, client, clock)
-            image_processor = max(chosen, key=lambda each: each.image_size, default=replace(image_processor, auto=None))
-        contents = await self._in_turn(self._decoded, images, sources, image_processor, client, clock)
-        return contents, image_processor
+        if image_processor.auto is None:
+            return [
+                await self._read(self._decoded, image, image_processor, client, clock) for image in images
+            ], image_processor
+        found = [await self._read(self._chosen, image, image_processor, client, clock) for image in images]
+        largest = max(
+            (chosen for _, chosen in found),
+            key=lambda each: each.image_size,
+            default=replace(image_processor, auto=None),
+        )
+        contents = [
+            content if chosen == largest else await self._read(self._decoded, image, largest, client, clock)
+            for image, (content, chosen) in zip(images, found, strict=True)
+        ]
+        return contents, largest
 
     def close(self) -> None:
         """Read no more."""
         self._decoders.close()
         self._fetchers.close()
 
-    async def _in_turn(
+    async def _read(
         self,
         work: Callable[[str | bytes, ImageProcessor, StageClock], _T],
-        images: Sequence[ImageField],
-        sources: Sequence[str | bytes],
+        image: ImageField,
         image_processor: ImageProcessor,
         client: str,
         clock: StageClock,
-    ) -> list[_T]:
-        """What a decoder's work makes of each image."""
-        results = []
-        for image, source in zip(images, sources, strict=True):
-            try:
-                results.append(await self._decoders.run(client, work, source, image_processor, clock))
-            except ImageError as error:
-                raise from_library(error, image.param) from None
-        return results
+    ) -> _T:
+        """What a decoder's work makes of an image's file, which is let go then."""
+        try:
+            source = await self._source(image, client, clock)
+            return await self._decoders.run(client, work, source, image_processor, clock)
+        except ImageError as error:
+            raise from_library(error, image.param) from None
 
     async def _source(self, image: ImageField, client: str, clock: StageClock) -> str | bytes:
         """A data: URL itself, or what another leads to."""
@@ -117,12 +123,9 @@ class Pictures:
                 "This server fetches no images: send a data: URL, or start it with --allow-remote-images.", image.param
             )
         limits = self._limits
-        try:
-            file = await self._fetchers.run(
-                client, fetch_image, image.url, limits.remote_image_mb, limits.remote_image_seconds
-            )
-        except ImageError as error:
-            raise from_library(error, image.param) from None
+        file = await self._fetchers.run(
+            client, fetch_image, image.url, limits.remote_image_mb, limits.remote_image_seconds
+        )
         clock.lap("fetch")
         return file
 
@@ -134,8 +137,10 @@ class Pictures:
         clock.lap("decode")
         return small
 
-    def _chosen(self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock) -> ImageProcessor:
-        """What `auto` chooses for the image, which is then decoded and known in that size."""
+    def _chosen(
+        self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock
+    ) -> tuple[ImageContent, ImageProcessor]:
+        """The image in the size that `auto` chooses for it, and what gave it that."""
         clock.lap("wait")
         content = recognize(read_image_bytes(source), image_processor.background, "The image")
         name = (content.digest, image_processor)
@@ -144,13 +149,15 @@ class Pictures:
         if chosen is None:
             picture = self._opened(content, image_processor)
             chosen = image_processor.chosen_for(picture)
-            self._keep(content, chosen, picture)
+            small = self._keep(content, chosen, picture)
             with self._lock:
                 self._choices[name] = chosen
                 while len(self._choices) > _KEPT_CHOICES:
                     self._choices.popitem(last=False)
+        else:
+            small = self._known(content, chosen) or self._shrunk(content, chosen)
         clock.lap("decode")
-        return chosen
+        return small, chosen
 
     def _known(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent | None:
         with self._lock:
