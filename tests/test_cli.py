@@ -77,7 +77,7 @@ def test_resolution_is_that_of_every_picture_and_is_noticed_once(run, model, tin
     code, out, err = run("describe", PICTURE, "Which?", *arguments)
     notes = err.splitlines()
     assert code == 0 and len(notes) == 2  # the other is that of several pictures
-    assert "trained on images of 256x256 pixels; at 128" in notes[1] and "rectangles" in notes[1]
+    assert "trained mainly on images of 256x256 pixels; at 128" in notes[1] and "rectangles" in notes[1]
     ids = tiny[1].tokenize("Which?", 2)
     assert json.loads(out)["prompt_tokens"] == len(ids) - 2 + 2 + 2  # both are 64 by 128, or 128 by 64
 

@@ -73,6 +73,7 @@ def test_a_model_without_the_head_says_so(demo):
         embed_images(*demo, [], features="words")
 
 
+@pytest.mark.filterwarnings("ignore:This model was trained mainly on square images")
 def test_many_images_give_what_each_gives_alone_in_order(demo, photos):
     model, processor = demo
     paths = sorted(photos.glob("*.png"))

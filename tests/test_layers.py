@@ -103,7 +103,7 @@ MAY_IMPORT = {
         "image_decoding image_processing json_file loading locked_file model options processor".split()
     ),
     "mlx_fastvlm/server": set(
-        "answer batch_generate constraint errors generate image_content image_decoding image_features "
+        "answer auto_resolution batch_generate constraint errors generate image_content image_decoding image_features "
         "image_processing image_source kernels model options prefix_cache processor prompt reuse server token_draw "
         "__version__".split()
     ),

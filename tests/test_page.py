@@ -461,6 +461,17 @@ def test_model_resolution_tokens_and_temperature_are_what_is_asked_for(visit):
     }
 
 
+def test_resolution_auto_is_left_to_the_server(visit):
+    visit.answer_with("Anything.")
+    visit.open()
+    visit.page.select_option("#resolution", label="auto: as the picture's detail needs it")
+    open_files(visit, EXAMPLES / "word.png")
+    visit.wait_for_answers(1)
+    assert visit.asked[0]["resolution"] == "auto"
+    visit.page.get_by_text("Where the time went").click()
+    assert "auto resolution" in visit.page.inner_text("#details")
+
+
 def test_presets_are_edited_added_removed_reset_and_remembered(visit):
     page = visit.page
     page.get_by_text("Read text").click()

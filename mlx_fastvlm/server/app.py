@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from mlx_fastvlm import __version__
 from mlx_fastvlm.answer import GenerationResponse
+from mlx_fastvlm.auto_resolution import AUTO, AutoResolution
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
@@ -276,8 +277,7 @@ def _card(served: ServedModel, limits: Limits) -> dict[str, Any]:
     default = served.defaults.get("resolution")
     facts = {
         "resolution": image_processor.image_size,
-        # With "auto" the largest that it chooses.
-        "default_resolution": default if isinstance(default, int) else image_processor.image_size,
+        "default_resolution": AUTO if isinstance(default, AutoResolution) else default or image_processor.image_size,
         "fit": image_processor.fit,
         "default_fit": served.defaults.get("fit", image_processor.fit),
         "min_resolution": resolutions[0],

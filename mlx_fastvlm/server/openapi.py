@@ -83,7 +83,8 @@ _MESSAGE = _object(
     }
 )
 _FACTS = {
-    **dict.fromkeys(("resolution", "default_resolution"), _COUNT),
+    "resolution": _COUNT,
+    "default_resolution": {"anyOf": [_COUNT, _one_of("auto")]},
     **dict.fromkeys(("fit", "default_fit"), _one_of("pad", "crop", "native")),
     **dict.fromkeys(("min_resolution", "max_resolution", "resolution_step"), _COUNT),
     **dict.fromkeys(("max_tokens", "max_images", "context_length"), _COUNT),

@@ -1,6 +1,7 @@
 /** Shows the answer under way with its figures, and tells screen readers when it has ended. */
 
 import { byId, element } from "./dom.js";
+import { resolutionText } from "./pictures.js";
 
 const STATES = {
   idle: "Idle",
@@ -100,7 +101,7 @@ function detailsOf({ model, resolution, preparation, seenTtft, timings, usage })
   const stages = Object.entries(timings?.stages ?? {});
   return [
     ["Model", model],
-    ["Resolution", `${resolution} px`],
+    ["Resolution", resolutionText(resolution)],
     ["Prompt", usage ? `${usage.prompt_tokens} tokens, ${cached ?? 0} known from before` : "–"],
     ["Picture prepared here", milliseconds(preparation)],
     ...stages.map(([name, seconds]) => [STAGES[name] ?? name, milliseconds(1000 * seconds)]),

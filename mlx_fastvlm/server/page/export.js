@@ -1,5 +1,7 @@
 /** The history as a file for elsewhere: JSON with everything, Markdown with the words, HTML with words and pictures. */
 
+import { resolutionText } from "./pictures.js";
+
 /** By name: file ending, media type, and what makes the text of it. */
 export const FORMATS = {
   json: { extension: "json", type: "application/json", make: toJson },
@@ -48,7 +50,7 @@ export function download(text, name, type) {
 }
 
 function facts({ time, model, resolution, source, timings, usage }) {
-  const parts = [time, source, model, `${resolution} px`];
+  const parts = [time, source, model, resolutionText(resolution)];
   if (timings) parts.push(`TTFT ${Math.round(1000 * timings.ttft)} ms`);
   if (usage) parts.push(`${usage.completion_tokens} tokens`);
   return parts.filter(Boolean).join(" · ");

@@ -3,7 +3,7 @@
  *
  * A picture has a `name`, a `thumbnail` (data: URL, or null if the browser cannot show it), a `preview` (URL to show it
  * by, or null) and `dataUrl(view)`, which is what is sent. A view is what the model is to see: `{resolution, fit}`, as
- * the server takes them.
+ * the server takes them, and `largest`, the most pixels a side that this may come to.
  */
 
 const SENT_AS_IT_IS = /^image\/(jpeg|png|webp|gif|bmp)$/; // of other types a copy is sent, if the browser can make one
@@ -13,6 +13,11 @@ const SENT_PIXELS = 2 ** 24; // a small file can hold many, which take the serve
 const FRAME_QUALITY = 0.92;
 const COPY_QUALITY = 0.95;
 const THUMBNAIL_SIDE = 160;
+
+/** A view's resolution in words. */
+export function resolutionText(resolution) {
+  return resolution === "auto" ? "auto resolution" : `${resolution} px`;
+}
 
 /** What a video shows now. */
 export function frameOf(video, view, name) {
@@ -29,7 +34,7 @@ export async function pictureOf(file) {
   const isSentAsItIs = image === null || (SENT_AS_IT_IS.test(file.type) && isSmall(file, image));
   const sent = new Map(); // by what makes a difference
   const dataUrl = (view) => {
-    const kind = isSentAsItIs ? "original" : `${view.resolution} ${view.fit}`;
+    const kind = isSentAsItIs ? "original" : `${view.largest} ${view.fit}`;
     if (!sent.has(kind)) sent.set(kind, isSentAsItIs ? toDataUrl(file) : copyOf(image, view));
     return sent.get(kind);
   };
@@ -67,13 +72,13 @@ function copyOf(image, view) {
 }
 
 function thumbnailOf(source, width, height) {
-  return scaled(source, width, height, { resolution: THUMBNAIL_SIDE, fit: "pad" }).toDataURL("image/jpeg", 0.8);
+  return scaled(source, width, height, { largest: THUMBNAIL_SIDE, fit: "pad" }).toDataURL("image/jpeg", 0.8);
 }
 
 /** A canvas with the picture, no larger than the view needs; the transparent becomes white, as at the server. */
-function scaled(source, width, height, { resolution, fit }) {
+function scaled(source, width, height, { largest, fit }) {
   const fitted = { pad: Math.max(width, height), crop: Math.min(width, height), native: Math.sqrt(width * height) };
-  const factor = Math.min(1, resolution / fitted[fit]);
+  const factor = Math.min(1, largest / fitted[fit]);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(factor * width));
   canvas.height = Math.max(1, Math.round(factor * height));

@@ -93,7 +93,8 @@ export class Session extends EventTarget {
     signal.throwIfAborted();
     answer.preparation = performance.now() - answer.started;
     const { model, view, maxTokens, temperature } = question;
-    const body = { model, messages: answer.messages, ...view, max_tokens: maxTokens, temperature };
+    const { resolution, fit } = view;
+    const body = { model, messages: answer.messages, resolution, fit, max_tokens: maxTokens, temperature };
     for await (const chunk of this.#api.chat(body, signal)) this.#take(chunk, answer);
     answer.messages = [...answer.messages, { role: "assistant", content: answer.text }];
   }

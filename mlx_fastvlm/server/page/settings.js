@@ -4,9 +4,12 @@ import * as stored from "./stored.js";
 
 const NAME = "mlx-fastvlm.settings";
 
+/** A resolution: as each picture's detail needs it. */
+export const AUTO = -1;
+
 const DEFAULTS = Object.freeze({
   model: "", // "": the server's first
-  resolution: 0, // pixels a side; 0: the server's choice for the model
+  resolution: 0, // pixels a side; 0: the server's choice for the model; or AUTO
   fit: "", // how a picture comes to that square: "pad", "crop" or "native"; "": the server's choice
   maxTokens: 240,
   temperature: 0,

@@ -1,6 +1,7 @@
 /** Shows the settings, and what the server's models allow of them. */
 
 import { byId, element } from "./dom.js";
+import { AUTO } from "./settings.js";
 
 const PIXELS_A_TOKEN = 64; // a side
 const RESOLUTIONS = [256, 384, 512, 640, 768, 1024, 1280, 1536, 2048];
@@ -36,9 +37,14 @@ export class SettingsView {
     return this.#card?.id;
   }
 
-  /** What the model is to see of a picture. */
+  /** What the model is to see of a picture: see pictures.js. */
   get view() {
-    return { resolution: this.#resolution, fit: this.#settings.get("fit") || this.facts.default_fit };
+    const isAuto = this.#resolution === AUTO;
+    return {
+      resolution: isAuto ? "auto" : this.#resolution,
+      largest: isAuto ? this.facts.resolution : this.#resolution,
+      fit: this.#settings.get("fit") || this.facts.default_fit,
+    };
   }
 
   get maxTokens() {
@@ -58,14 +64,18 @@ export class SettingsView {
 
   get #resolution() {
     const chosen = this.#settings.get("resolution");
-    return this.#resolutions.includes(chosen) ? chosen : this.facts.default_resolution;
+    return this.#resolutions.includes(chosen) ? chosen : this.#defaultResolution;
+  }
+
+  get #defaultResolution() {
+    return this.facts.default_resolution === "auto" ? AUTO : this.facts.default_resolution;
   }
 
   get #resolutions() {
     const { min_resolution: least, max_resolution: most, resolution_step: step } = this.facts;
     const possible = RESOLUTIONS.filter((side) => least <= side && side <= most && side % step === 0);
-    const named = [this.facts.resolution, this.facts.default_resolution];
-    return [...new Set([...possible, ...named])].sort((one, other) => one - other);
+    const named = [this.facts.resolution, this.#defaultResolution];
+    return [...new Set([AUTO, ...possible, ...named])].sort((one, other) => one - other);
   }
 
   #showModel() {
@@ -81,6 +91,7 @@ export class SettingsView {
   }
 
   #resolutionChoice(side) {
+    if (side === AUTO) return element("option", { value: side }, "auto: as the picture's detail needs it");
     const tokens = (side / PIXELS_A_TOKEN) ** 2;
     const trained = side === this.facts.resolution ? ", as trained" : "";
     return element("option", { value: side }, `${side} px, ${tokens.toLocaleString("en")} tokens${trained}`);
