@@ -108,6 +108,10 @@ def test_every_task_can_be_run(run, tmp_path):
             "The resolution 256 is given twice",
         ),
         (
+            ["sweep", "easy-vqa", "demo", "--data", "set", "--resolutions", "auto,auto:set/auto.json"],
+            "The resolution auto is given twice",
+        ),
+        (
             ["sweep", "easy-vqa", "demo", "--data", "set", "--resolutions", "big"],
             "The resolution is 'big'; expected a number",
         ),
@@ -116,6 +120,7 @@ def test_every_task_can_be_run(run, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_one_line(arguments, message, run, easy_vqa):
+    (easy_vqa / "auto.json").write_text('{"trained": 256, "steps": []}')
     with pytest.raises(FastVLMError, match=message) as error:
         run(*arguments)
     assert "\n" not in str(error.value)

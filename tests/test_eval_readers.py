@@ -139,6 +139,17 @@ def test_a_damaged_entry_is_named_with_its_place(name, file, change, message, tm
         read(name, tmp_path)
 
 
+def test_a_set_without_questions_is_refused(tmp_path):
+    eval_sets.easy_vqa(tmp_path / "a")
+    edit(tmp_path / "a" / "test" / "questions.json", list.clear)
+    with pytest.raises(OptionError, match="The files of easy-VQA test in .*a hold no question"):
+        select(find_task("easy-vqa"), tmp_path / "a")
+    eval_sets.pope(tmp_path / "b")
+    (tmp_path / "b" / "coco" / "coco_pope_popular.json").write_text("\n")  # as a download that broke off leaves it
+    with pytest.raises(OptionError, match="coco_pope_popular.json is empty"):
+        read("pope", tmp_path / "b")
+
+
 def test_what_is_no_json_is_named_with_its_line(tmp_path):
     eval_sets.pope(tmp_path)
     path = tmp_path / "coco" / "coco_pope_popular.json"

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import pytest
 
@@ -10,8 +11,11 @@ from mlx_fastvlm.evaluation.chartqa import is_relaxed_match
 from mlx_fastvlm.evaluation.exact_match import EASY_VQA, GQA
 from mlx_fastvlm.evaluation.ocrbench import OCRBENCH, contains_answer
 from mlx_fastvlm.evaluation.pope import POPE, is_yes
+from mlx_fastvlm.evaluation.result import Result, Score, format_result
+from mlx_fastvlm.evaluation.run_file import Settings
 from mlx_fastvlm.evaluation.scienceqa import chosen_letter
 from mlx_fastvlm.evaluation.task import Judged, Question
+from mlx_fastvlm.evaluation.uncertainty import estimate
 from mlx_fastvlm.evaluation.vqa_accuracy import TEXTVQA, VQAV2, normalize, normalize_textvqa, vqa_accuracy
 
 
@@ -160,6 +164,8 @@ def test_easy_vqa_is_exact():
         ("The answer is C.", "C"),
         ("I think. The answer is D. Because", "D"),
         ("The answer is A. The answer is B.", None),
+        ("The answer is B, iron.", "B"),
+        ("The answer is A, since it is the answer. The answer is B.", None),
         ("b", None),
         ("Because it is B", None),
         ("Beryllium", None),
@@ -182,6 +188,15 @@ def test_the_letter_of_a_choice(answer, letter):
 )
 def test_ocrbench_looks_for_the_answer(answer, right, formula, contains):
     assert contains_answer(answer, right, formula=formula) is contains
+
+
+def test_ocrbench_counts_right_answers():
+    for right in (0, 1, 3):
+        judged = [Judged(float(number < right), ("a",), {}) for number in range(5)]
+        score = Score(5, estimate([each.score for each in judged]), OCRBENCH.figures(judged))
+        settings = Settings("ocrbench", "", "demo", "", OCRBENCH.template)
+        result = Result("OCRBench", OCRBENCH.metric, settings, score, {}, 0, None)
+        assert re.search(rf"^all +{20 * right}.00% .* 5 +{right}$", format_result(result), re.MULTILINE)
 
 
 def test_ocrbench_knows_formulas_by_their_data_set():

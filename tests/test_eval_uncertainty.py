@@ -28,6 +28,13 @@ def test_all_right_is_not_certainly_all_right():
     assert found.value == found.high == 1 and 0.99 < found.low < 1
 
 
+@pytest.mark.parametrize("count", [1, 10, 13, 30, 2500, 12578])
+def test_a_share_lies_in_its_interval(count):
+    for right in (0, 1, count - 1, count):
+        found = wilson(right, count)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+
+
 def test_scores_of_0_and_1_have_wilsons_interval_and_others_a_bootstraps():
     assert estimate([1, 0, 1.0]).method == "Wilson" and estimate([1, 0, 0.3]).method == "bootstrap"
     assert is_binary([0.0, 1]) and not is_binary([0.5])

@@ -6,6 +6,7 @@ What the fields mean is each set's own matter.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,14 @@ def read_named_entries(path: Path) -> dict[str, Entry]:
 
 
 def read_lines(path: Path) -> Iterator[Entry]:
-    """The entries of a file with a JSON object on each line; empty lines are none. Raises OptionError at a bad line."""
+    """The entries of a file with a JSON object on each line; empty lines are none. Raises OptionError at a bad line, or if
+    there is none."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror or error}).") from None
+    if not any(line.strip() for line in lines):
+        raise OptionError(f"{path} is empty; a JSON object on each line is expected. Get a new copy.")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -163,7 +167,7 @@ def check_questions(questions: Sequence[Question]) -> None:
         if question.id in seen:
             raise OptionError(f"The set has two questions with the id {question.id}; each must have its own.")
         seen.add(question.id)
-    missing = [path for path in _pictures(questions) if not path.is_file()]
+    missing = [path for path in _pictures(questions) if not os.path.isfile(path)]  # unlike Path's it never raises
     if missing:
         named = ", ".join(map(str, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
         raise OptionError(

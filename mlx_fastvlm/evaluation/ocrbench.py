@@ -51,9 +51,9 @@ def _score(answer: str, question: Question) -> float:
     return float(any(contains_answer(answer, right, formula=formula) for right in question.answers))
 
 
-def _final_score(judged: Judgments) -> dict[str, float]:
+def _final_score(judged: Judgments) -> dict[str, int]:
     """As it is published: the number of right answers, of 1,000."""
-    return {"right answers": sum(each.score for each in judged)}
+    return {"right answers": round(sum(each.score for each in judged))}
 
 
 OCRBENCH = Task(

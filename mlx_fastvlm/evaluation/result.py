@@ -121,7 +121,7 @@ def interval(mean: Estimate) -> str:
 
 
 def _cells(score: Score) -> list[str]:
-    figures = [percent(value) if value <= 1 else f"{value:,.0f}" for value in score.figures.values()]
+    figures = [f"{value:,}" if isinstance(value, int) else percent(value) for value in score.figures.values()]
     return [percent(score.mean.value), interval(score.mean), f"{score.questions:,}", *figures]
 
 

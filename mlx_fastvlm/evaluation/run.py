@@ -83,7 +83,13 @@ class Subject:
         """A digest of its files: of their checksums in conversion.json, which says what they were when they were made, and
         of the thresholds for --resolution auto."""
         record = read_json_object(self._folder / "conversion.json", CheckpointError)
-        size = (self._folder / "model.safetensors").stat().st_size
+        weights = self._folder / "model.safetensors"
+        try:
+            size = weights.stat().st_size
+        except OSError as error:
+            raise CheckpointError(
+                f"{weights} cannot be read ({error.strerror or error}); convert the model again."
+            ) from None
         thresholds = self._folder / AUTO_RESOLUTION_FILE
         return _digest([record.get("sha256"), size, thresholds.read_text() if thresholds.exists() else None])
 
@@ -110,6 +116,8 @@ def select(
             raise OptionError(f"{task.title} needs --data: a folder with {task.files}.")
         data = task.home()
     questions = task.read(data, images)
+    if not questions:
+        raise OptionError(f"The files of {task.title} in {data} hold no question; get a new copy.")
     whole = _digest([[question.id, question.text, question.answers] for question in questions])
     if shuffle is not None:
         random.Random(shuffle).shuffle(questions)
@@ -239,5 +247,9 @@ def model_name(model: str) -> str:
 
 def run_name(task: str, model: str, resolution: Resolution | None = None, fit: str | None = None) -> str:
     """What the file of a run is called, without suffix."""
-    shown = None if resolution is None else str(resolution).partition(" ")[0]  # "auto" without its thresholds
-    return "-".join(part for part in (task, model, shown, fit) if part is not None)
+    return "-".join(part for part in (task, model, resolution_name(resolution), fit) if part is not None)
+
+
+def resolution_name(resolution: Resolution | None) -> str | None:
+    """What a resolution is called in a file's name: "auto" is without its thresholds."""
+    return None if resolution is None else str(resolution).partition(" ")[0]

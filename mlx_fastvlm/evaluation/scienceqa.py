@@ -11,11 +11,11 @@ from mlx_fastvlm.evaluation.task import Question, Task
 _LETTERS = "ABCDE"
 _LOWER_GRADES = {f"grade{number}" for number in range(1, 7)}
 _CHOICE = re.compile(rf"([{_LETTERS}])(?:\.(?: .*)?)?", re.DOTALL)
-_SENTENCE = re.compile(r"The answer is ([A-Z])\.")
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")  # as in run_gpt3.py and LLaVA's eval_science_qa.py: any character
 
 
 def chosen_letter(answer: str) -> str | None:
-    """The choice that an answer makes: "B", "B." or "B. Iron" as LLaVA and lmms-eval read them, or, once, the official
+    """The choice that an answer makes: "B", "B." or "B. Iron" as LLaVA reads them, or, once, the official
     "The answer is B."; None if it makes none."""
     choice = _CHOICE.fullmatch(answer)
     if choice:

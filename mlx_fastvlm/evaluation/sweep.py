@@ -11,7 +11,7 @@ from mlx_fastvlm.benchmarks.machine import describe_machine, machine_line
 from mlx_fastvlm.benchmarks.report import format_table
 from mlx_fastvlm.errors import OptionError
 from mlx_fastvlm.evaluation.result import Result, interval, percent
-from mlx_fastvlm.evaluation.run import OnAnswer, Resolution, Selection, Subject, evaluate, run_name
+from mlx_fastvlm.evaluation.run import OnAnswer, Resolution, Selection, Subject, evaluate, resolution_name, run_name
 
 OnRun = Callable[[str], AbstractContextManager[OnAnswer]]  # the run's name → what is told how far it is
 
@@ -38,9 +38,10 @@ def sweep(
     Raises:
         OptionError: two models have the same name, or two resolutions are the same; or see `evaluate`.
     """
-    names = [subject.name for subject in subjects]
-    for each, what in ((names, "model"), (resolutions, "resolution")):
-        double = next((value for value in each if list(each).count(value) > 1), None)
+    models = [subject.name for subject in subjects]
+    sizes = [resolution_name(resolution) or "as trained" for resolution in resolutions]
+    for each, what in ((models, "model"), (sizes, "resolution")):
+        double = next((value for value in each if each.count(value) > 1), None)
         if double is not None:
             raise OptionError(f"The {what} {double} is given twice; their answers would go into one file.")
     results = []

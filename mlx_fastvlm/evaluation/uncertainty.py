@@ -49,7 +49,8 @@ def wilson(right: int, count: int) -> Estimate:
     share, spread = right / count, _Z**2 / count
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), "Wilson")
+    # Rounding could leave the share out of its own interval at 0 and 1.
+    return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)), "Wilson")
 
 
 def bootstrap(scores: Sequence[float]) -> Estimate:
