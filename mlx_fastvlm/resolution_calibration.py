@@ -126,7 +126,9 @@ def find_thresholds(
     levels, count = np.asarray(detail)[order], len(detail)
     sides = sorted(same)
     kept = {side: np.concatenate([[0.0], np.cumsum(same[side][order])]) for side in sides}
-    cuts = sorted({round(count * step / _CUTS) for step in range(_CUTS + 1)})
+    # Between different levels only: a threshold takes in all that are equal to it.
+    apart = [0, *(i for i in range(1, count) if levels[i - 1] < levels[i]), count]
+    cuts = sorted({min(apart, key=lambda cut: abs(cut - count * step / _CUTS)) for step in range(_CUTS + 1)})
     best = (trained**2 * count, float(kept[trained][-1]), [(trained, 0, count)])
     for ends in itertools.combinations_with_replacement(cuts, len(sides) - 1):
         parts = [part for part in zip(sides, (0, *ends), (*ends, count), strict=True) if part[1] < part[2]]

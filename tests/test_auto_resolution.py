@@ -231,6 +231,13 @@ class TestFindThresholds:
             areas.append(found.area)
         assert areas == sorted(areas, reverse=True) and areas[-1] < 0.6
 
+    def test_images_of_equal_detail_are_not_told_apart(self):
+        detail = [0.0] * 20 + [0.1] * 20
+        same = {64: np.repeat([1.0, 0.0], [10, 30]), 256: np.ones(40)}
+        assert find_thresholds(256, detail, same, 0.995).auto.steps == ()
+        found = find_thresholds(256, detail, same, 0.75)
+        assert found.auto.steps == ((64, 0.0),) and found.agreement == 0.75
+
     def test_where_detail_tells_nothing_the_full_resolution_stays(self):
         detail = np.linspace(0, 1, 100)
         same = {64: np.tile([1.0, 0.0], 50), 256: np.ones(100)}
@@ -307,6 +314,12 @@ def test_the_command_writes_what_auto_then_uses(run, folder, tmp_path):
     assert (
         side < 256 and record["prompt_tokens"] == json.loads(run(*arguments, "--resolution", side)[1])["prompt_tokens"]
     )
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_fastvlm.cli.calibrate_resolution.load_model", None)
+    code, out, err = run("calibrate-resolution", folder, "--out", tmp_path / "gone" / "auto.json")
+    assert (code, out) == (1, "") and "gone is not a folder; make it first." in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from mlx_fastvlm.cli.options import ComputeDType, FitOption, MaxTokens
 from mlx_fastvlm.cli.terminal import Model, Revision, load_model, progress, say
 from mlx_fastvlm.errors import FastVLMWarning, OptionError
 from mlx_fastvlm.loading import DEFAULT_MODEL
-from mlx_fastvlm.replace_file import replace_file
 
 if TYPE_CHECKING:
     from mlx_fastvlm.resolution_calibration import Calibration
@@ -50,6 +49,7 @@ def calibrate_resolution(
     kept is the model's own answer, right or wrong.
     """
     from mlx_fastvlm.captions.picture_files import find_pictures, require_paths
+    from mlx_fastvlm.fidelity.output import check_writable, write_output
     from mlx_fastvlm.loading import resolve_model
     from mlx_fastvlm.resolution_calibration import DEFAULT_PROMPTS, FEWEST_IMAGES, calibrate_resolution
 
@@ -57,8 +57,11 @@ def calibrate_resolution(
     pictures = list(find_pictures(images, recursive=recursive, on_unreadable=partial(print, flush=True)))
     if len(pictures) < FEWEST_IMAGES:
         raise OptionError(f"{len(pictures)} pictures were found; {FEWEST_IMAGES} are needed, and hundreds are better.")
+    if out is not None:
+        check_writable(out)  # before hours of asking
     loaded, processor = load_model(model, dtype, revision)
     path = out or resolve_model(model, revision) / FILE_NAME
+    check_writable(path)
     with progress() as on_progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", FastVLMWarning)  # of resolutions the model was not trained on
         found = calibrate_resolution(
@@ -71,10 +74,7 @@ def calibrate_resolution(
             max_tokens=max_tokens,
             on_answer=partial(on_progress, "Asking"),
         )
-    try:
-        replace_file(path, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written ({error.strerror or error}); name a file with --out.") from None
+    write_output(path, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
     say(_report(found, path))
 
 
