@@ -45,6 +45,7 @@ class EmbeddingFile:
         self._settings = dict(settings)
         self._shape: tuple[int, ...] | None = None  # of one vector
         self.rows = 0
+        self._is_finished = False
         with ExitStack() as stack:
             try:
                 self._lines = stack.enter_context(open_locked(_aside(self.index_path), path))
@@ -76,20 +77,22 @@ class EmbeddingFile:
             for file in (self._vectors, self._lines):
                 file.flush()
                 os.fsync(file.fileno())
-            self._open.close()
             # A kill in between leaves vectors without a list, never vectors with another's.
             self.index_path.unlink(missing_ok=True)
             os.replace(_aside(self._path), self._path)
-            os.replace(_aside(self.index_path), self.index_path)
+            os.replace(_aside(self.index_path), self.index_path)  # last, since this one is locked
         except OSError as error:
             raise self._failure(error) from None
+        self._is_finished = True
+        self.close()
 
     def close(self) -> None:
-        """Remove what was not finished."""
+        """Let others write the files; what was not finished is removed first."""
+        if not self._is_finished:
+            for file in (self._path, self.index_path):
+                _aside(file).unlink(missing_ok=True)
         with suppress(OSError):  # a full disk fails once more
             self._open.close()
-        for file in (self._path, self.index_path):
-            _aside(file).unlink(missing_ok=True)
 
     def _failure(self, error: OSError) -> FastVLMError:
         return FastVLMError(f"{self._path} cannot be written ({error.strerror or error}): mend that and try again.")

@@ -18,10 +18,14 @@ _CONTAINERS = (
     (8, b"AVI "),
     (0, b"FLV\x01"),
     (0, b"\x00\x00\x01\xba"),  # MPEG program stream
+    (0, b"\x00\x00\x01\xb3"),  # MPEG-1 and MPEG-2 video without a container
+    (0, b"OggS"),
+    (0, b"\x06\x0e\x2b\x34"),  # MXF
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),  # ASF: Windows Media
 )
 _ISO_BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip")  # a QuickTime file without ftyp begins with one
-_TS_PACKET, _TS_SYNC = 188, 0x47
+_TS_SYNC = 0x47
+_TS_PACKETS = ((0, 188), (4, 192))  # where the first begins, and bytes from one to the next; 192 of Blu-ray and AVCHD
 
 
 def is_video(name: str) -> bool:
@@ -42,6 +46,8 @@ def _begins_like_video(head: bytes) -> bool:
         return head[8:12] not in _STILL_BRANDS
     if head[4:8] in _ISO_BOXES:
         return True
-    if len(head) > 2 * _TS_PACKET and set(head[: 2 * _TS_PACKET + 1 : _TS_PACKET]) == {_TS_SYNC} != set(head):
-        return True
+    for first, packet in _TS_PACKETS:
+        third = first + 2 * packet
+        if len(head) > third and set(head[first : third + 1 : packet]) == {_TS_SYNC} != set(head):
+            return True
     return any(head.startswith(start, offset) for offset, start in _CONTAINERS)

@@ -1,6 +1,7 @@
 """Pictures as vectors: what they are, that they do not depend on company, and the command that writes them to files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -241,6 +242,29 @@ def test_what_is_there_stays_until_the_end(tmp_path):
         EmbeddingFile(tmp_path / "out.csv", {})
     with pytest.raises(OptionError, match="give another --out"):
         EmbeddingFile(tmp_path / "missing" / "out.npy", {})
+
+
+def test_another_run_begins_before_or_after_the_end_and_never_in_between(tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    replace = os.replace
+
+    def replace_and_look(*names):
+        with pytest.raises(OptionError, match="being written by another run"):
+            EmbeddingFile(path, {}, overwrite=True)
+        replace(*names)
+
+    first = EmbeddingFile(path, {})
+    first.add(Shown, np.zeros(2, np.float32))
+    monkeypatch.setattr("mlx_fastvlm.embedding_file.os.replace", replace_and_look)
+    first.finish()
+    monkeypatch.undo()
+    second = EmbeddingFile(path, {}, overwrite=True)
+    first.close()
+    second.add(Shown, np.ones(2, np.float32))
+    second.finish()
+    second.close()
+    assert np.array_equal(np.load(path), np.ones((1, 2)))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.jsonl", "out.npy"]
 
 
 # The command

@@ -131,6 +131,32 @@ def test_frames_are_let_go_once_they_are_read(demo):
     assert most <= 16
 
 
+@pytest.mark.parametrize("skip_unchanged", [False, True])
+def test_a_scene_that_stands_still_is_described_before_the_next_one_comes(demo, skip_unchanged):
+    still = [650, 200, 3]
+    taken = 0
+
+    def frames():
+        nonlocal taken
+        for picture, count in zip(PICTURES, still, strict=False):
+            shown = frame(picture)
+            for _ in range(count):
+                taken += 1
+                yield Frame(shown._picture, taken / 10)
+
+    rows = describe_frames(*demo, frames(), gate=ChangeGate(REUSE_BELOW), skip_unchanged=skip_unchanged)
+    found = [next(rows)]
+    assert taken < 250
+    found += rows
+    repeats = [1] * 3 if skip_unchanged else still
+    assert [row.text for row in found] == [
+        text for text, count in zip(CAPTIONS, repeats, strict=False) for _ in range(count)
+    ]
+    assert [row.time for row in found if not row.reused] == [0.1, 65.1, 85.1]
+    if not skip_unchanged:
+        assert [row.time for row in found] == [number / 10 for number in range(1, 854)]
+
+
 class Given:
     """As NewestFrame, but every frame waits to be taken, so many at once."""
 
@@ -228,6 +254,27 @@ def test_a_source_that_says_nothing_is_given_up():
     assert len(newest.take()) == 1
     with pytest.raises(VideoError, match="No frame came from camera 0 for 0 s"):
         newest.take()
+    stuck.set()
+    assert newest.close()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_source_that_says_nothing_more_ends_when_it_was_asked_to(comes):
+    stuck = threading.Event()
+
+    def silent():
+        if comes:
+            yield frame(PICTURES[0])
+        stuck.wait()
+
+    newest = NewestFrame(silent(), Pace(0.0), "camera 0", end=0.3)
+    if comes:
+        assert len(newest.take()) == 1
+        assert newest.take() == []
+    else:
+        with pytest.raises(VideoError, match="No frame came from camera 0 for 0 s"):
+            newest.take()
+    assert 0.3 <= newest.now < 10
     stuck.set()
     assert newest.close()
 

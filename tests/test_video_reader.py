@@ -210,6 +210,54 @@ def test_a_stream_without_times_gets_steady_ones(tmp_path):
     assert times[0] == 0 and np.ptp(np.diff(times)) < 1e-5 and times[1] > 0
 
 
+def test_tags_that_are_not_utf_8_do_not_matter(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Cafe"
+        stream = container.add_stream("libx264", rate=10)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(quarters(), format="rgb24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"Cafe", b"Caf\xe9"))
+    assert len(frames(path)) == 1
+
+
+def test_times_that_start_over_are_counted_on(tmp_path):
+    part = write_clip(tmp_path / "part.ts", [scene(seed)[0] for seed in range(20)], rate=10, options={"g": "5"})
+    whole = tmp_path / "whole.ts"
+    whole.write_bytes(3 * part.read_bytes())
+    with open_video(parse_source(str(whole))) as video:
+        assert [frame.time for frame in video.frames()] == pytest.approx([number / 10 for number in range(60)])
+        assert video.warnings == [f"The times of {whole} start over after 1.9 s: later ones are counted on from there."]
+    times = [frame.time for frame in frames(whole, 2.5, 4.5)]
+    assert times == pytest.approx([2.5 + number / 10 for number in range(20)])
+
+
+def test_pictures_that_begin_after_the_sound_end_as_late(tmp_path):
+    path = tmp_path / "late.mp4"
+    with av.open(str(path), "w") as container:
+        pictures, sounds = container.add_stream("libx264", rate=10), container.add_stream("aac", rate=8000)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        for number in range(20):
+            picture = av.VideoFrame.from_ndarray(quarters(), format="rgb24")
+            picture.pts, picture.time_base = 20 + number, Fraction(1, 10)
+            container.mux(pictures.encode(picture))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 32_000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        container.mux(sounds.encode(silence))
+        for stream in (pictures, sounds):
+            container.mux(stream.encode(None))
+    with open_video(parse_source(str(path))) as video:
+        begin = next(video.frames()).time
+        assert 1.9 < begin < 2.4 and video.duration == pytest.approx(begin + 2)
+    assert len(frames(path, begin + 1)) == 10
+
+
+def test_a_file_may_be_named_by_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "clip.mp4", [quarters()] * 3).rename("2024-05-01T10:30:00.mp4")
+    assert len(frames("2024-05-01T10:30:00.mp4")) == 3
+
+
 def not_a_video(path: Path) -> Path:
     path.write_bytes(b"\0\1\2\3 this is no video" * 50)
     return path
@@ -323,6 +371,7 @@ def test_a_video_on_the_web_is_a_file_and_a_network_camera_is_live(web, tmp_path
         assert [frame.time for frame in video.frames(0.75)] == pytest.approx([0.8, 0.9])
     with open_video(parse_source(f"{web}/camera")) as video:
         assert video.is_live and video.duration is None
+        assert video._stream.thread_type.name == "SLICE", "a thread a frame holds frames back"
         found = list(video.frames())
         assert len(found) == 12 and corners(found[-1].pixels()) == ["red", "green", "blue", "white"]
     with pytest.raises(VideoError, match="cannot be opened .*404"):

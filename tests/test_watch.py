@@ -134,6 +134,17 @@ def test_a_later_start_goes_on_there(run):
     assert [row["caption"] for row in found[3:]] == [CAPTIONS[2], CAPTIONS[3], CAPTIONS[3]]
 
 
+@pytest.mark.parametrize("arguments", [[], ["--start", "4.85"]])
+def test_an_earlier_start_than_that_of_the_rows_is_refused(run, arguments):
+    run("clip.mp4", "--out", "a.jsonl", "--start", "5s", "--end", "6s")
+    before = Path("a.jsonl").read_bytes()
+    code, _, err = run("clip.mp4", "--out", "a.jsonl", *arguments)
+    assert code == 1 and err.count("\n") == 1 and "a.jsonl begins at 5 s and cannot be gone on with" in err
+    assert Path("a.jsonl").read_bytes() == before
+    assert run("clip.mp4", "--out", "a.jsonl", "--start", "4.95", "--end", "7s")[0] == 0, "no frame is in between"
+    assert [row["time"] for row in rows("a.jsonl")] == pytest.approx([5, 6], abs=0.06)
+
+
 @pytest.mark.parametrize("batch", [[], ["--batch-size", 4]])
 def test_a_live_source_is_described_as_it_comes(run, batch):
     source = "lavfi:testsrc=size=256x256:rate=20,realtime"

@@ -26,7 +26,7 @@ from mlx_fastvlm.video.newest import NewestFrame
 from mlx_fastvlm.video.output import Format, OutputFile, Printed, make_format
 from mlx_fastvlm.video.reader import Video, open_video
 from mlx_fastvlm.video.rows import FrameRow
-from mlx_fastvlm.video.source import parse_source
+from mlx_fastvlm.video.source import Source, parse_source
 
 if TYPE_CHECKING:
     from mlx_fastvlm.model import FastVLM
@@ -119,6 +119,7 @@ def run_watch(asked: Watch) -> None:
         _check_start(asked, video)
         recipe = asked.recipe(video.is_live)
         with closing(_open_output(asked, form, video, recipe)) as output:
+            _check_first(asked, source, output)
             model, processor = load_model(asked.model, asked.dtype, asked.revision)
             run = _Run(asked, video, output, recipe)
             try:
@@ -283,6 +284,20 @@ def _check_start(asked: Watch, video: Video) -> None:
         raise OptionError(f"{video.source.name} is live and has no --start; --end counts from now.")
     if video.duration is not None and asked.start >= video.duration:
         raise OptionError(f"--start is {asked.start:g} s, but {video.source.name} ends at {video.duration:.1f} s.")
+
+
+def _check_first(asked: Watch, source: Source, output: Printed | OutputFile) -> None:
+    """Raises OptionError if frames before the output's first row are asked for, which could not be put there."""
+    if output.first is None or asked.start >= output.first.time:
+        return
+    begin = output.first.time
+    with open_video(source) as video, closing(video.frames(asked.start)) as frames:
+        earliest = next(frames, None)
+    if earliest is not None and earliest.time < begin - _SAME_TIME:
+        raise OptionError(
+            f"{asked.out} begins at {begin:g} s and cannot be gone on with from {asked.start:g} s: "
+            "give the --start that it was made with, another --out, or --overwrite."
+        )
 
 
 def _how_to_go_on(output: Printed | OutputFile, overwrite: bool) -> str:

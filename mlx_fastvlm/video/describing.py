@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ from mlx_fastvlm.processor import Processor
 from mlx_fastvlm.video.choice import ChangeGate
 from mlx_fastvlm.video.frame import Frame
 from mlx_fastvlm.video.newest import NewestFrame
+
+_STILL_FRAMES = 200  # in a row: what was taken before them is described rather than wait for a full batch
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,33 @@ def describe_frames(
     Raises:
         OptionError: before any frame is taken.
     """
+    coming, has_ended = iter(frames), False
     looked: deque[FrameCaption] = deque()  # taken and not yet yielded, in order, without what the model says
 
     def new_pictures() -> Iterator[_PixelsOnce]:
-        for frame in frames:
+        """Until the frames end or stand still."""
+        nonlocal has_ended
+        still = 0
+        for frame in coming:
             look = gate.look(frame)
+            still = 0 if look.is_new else still + 1
             if look.is_new or not skip_unchanged:
                 looked.append(FrameCaption(frame.time, None, change=look.change, reused=not look.is_new))
             if look.is_new:
                 yield _PixelsOnce(frame)
+            if still == _STILL_FRAMES:
+                return
+        has_ended = True
 
-    captions = caption_images(model, processor, new_pictures(), prompt, batch_size=batch_size, **options)
-    return _in_order(looked, captions, last)
+    def begin() -> Iterator[Caption]:
+        return caption_images(model, processor, new_pictures(), prompt, batch_size=batch_size, **options)
+
+    def described(captions: Iterator[Caption], last: FrameCaption | None) -> Iterator[FrameCaption]:
+        last = yield from _in_order(looked, captions, last)
+        while not has_ended:
+            last = yield from _in_order(looked, begin(), last)
+
+    return described(begin(), last)
 
 
 def describe_newest(
@@ -153,14 +170,15 @@ class _PixelsOnce:
 
 def _in_order(
     looked: deque[FrameCaption], captions: Iterator[Caption], last: FrameCaption | None
-) -> Iterator[FrameCaption]:
-    """Each frame as soon as the caption that it needs is there."""
+) -> Generator[FrameCaption, None, FrameCaption | None]:
+    """Each frame as soon as the caption that it needs is there. Returns the last one that was described."""
     for caption in captions:
         yield from _reused(looked, last)
         last = _filled(looked.popleft(), caption)
         yield last
         yield from _reused(looked, last)
     yield from _reused(looked, last)
+    return last
 
 
 def _reused(looked: deque[FrameCaption], last: FrameCaption | None) -> Iterator[FrameCaption]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -66,17 +67,19 @@ class NewestFrame:
         """The newest frames that were not taken, at least one and in order; none when the source has ended.
 
         Raises:
-            VideoError: nothing came for `silence` seconds. Whatever reading raised is raised here.
+            VideoError: nothing came for `silence` seconds, or until `end`. Whatever reading raised is raised here.
         """
         with self._changed:
             while not self._newest:
                 if self._error is not None:
                     raise self._error
-                if self._ended:
+                to_end = math.inf if self._end is None else self._end - self.now
+                if self._ended or (to_end <= 0 and self.arrived):
                     break
-                left = self._heard + self._silence - time.monotonic()
+                silent = time.monotonic() - self._heard
+                left = min(self._silence - silent, to_end)
                 if left <= 0:
-                    raise VideoError(f"No frame came from {self._name} for {self._silence:.0f} s.")
+                    raise VideoError(f"No frame came from {self._name} for {silent:.0f} s.")
                 self._changed.wait(left)
             frames = list(self._newest)
             self._newest.clear()

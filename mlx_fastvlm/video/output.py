@@ -102,6 +102,7 @@ class Printed:
         say: prints text as it is, at once.
     """
 
+    first: FrameCaption | None = None
     last: FrameCaption | None = None
     last_new: FrameCaption | None = None
     can_resume = False
@@ -142,7 +143,8 @@ class OutputFile:
         overwrite: whether what is there is replaced, whatever it is.
 
     Attributes:
-        last, last_new: the last frame in the file, and the last one that was described; None if there is none.
+        first, last, last_new: the first and the last frame in the file, and the last one that was described; None if
+            there is none.
         can_resume: whether a later run can go on with the file.
 
     Raises:
@@ -156,6 +158,7 @@ class OutputFile:
         self._path, self._form = path, form
         self._starts = True  # with the next record
         self.can_resume = can_resume and isinstance(form, JsonLines)
+        self.first: FrameCaption | None = None
         self.last: FrameCaption | None = None
         self.last_new: FrameCaption | None = None
         self._file = open_locked(path)
@@ -210,6 +213,7 @@ class OutputFile:
                     raise self._foreign(f"it is about {row.source}")
                 if row.recipe != recipe:
                     raise self._foreign("it was made with another model, prompt or options")
+                self.first = self.first or row.frame
                 self.last = row.frame
                 self.last_new = self.last_new if row.frame.reused else row.frame
                 whole += len(line)

@@ -26,6 +26,7 @@ _SHORT_BY = 1.0  # seconds that frames may end before the end that the file stat
 _SHORT_SHARE = 0.05  # the share of it
 _SEEK_MARGINS = (0.0, 10.0)  # seconds
 _FALLBACK_RATE = Fraction(25)  # frames a second of a stream without times
+_STARTS_OVER = 1.0  # seconds by which times fall back where they start over; by less where they are damaged
 
 
 def check_available() -> None:
@@ -46,7 +47,13 @@ def open_video(source: Source) -> Video:
     }:
         raise OptionError(f"{source.name} cannot be watched: the installed PyAV has no {source.format} device.")
     try:
-        container = av.open(source.location, format=source.format, options=dict(source.options), timeout=source.timeout)
+        container = av.open(
+            source.location,
+            format=source.format,
+            options=dict(source.options),
+            metadata_errors="replace",
+            timeout=source.timeout,
+        )
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(_why_not_open(source, error)) from None
     try:
@@ -70,11 +77,11 @@ class Video:
         self.source = source
         self.warnings: list[str] = []
         self._container, self._stream = container, stream
-        self._is_used = False
+        self._is_used = self._starts_over = False
         self._start = (container.start_time or 0) / _MICROSECONDS
         self.duration = None if source.is_live else _duration(container, stream)
         self.is_live = self.duration is None if source.is_live is None else source.is_live
-        stream.thread_type = "AUTO"
+        stream.thread_type = "SLICE" if self.is_live else "AUTO"  # frames decoded in threads come late
 
     def __enter__(self) -> Video:
         return self
@@ -94,7 +101,8 @@ class Video:
     def frames(self, start: float = 0.0, end: float | None = None) -> Iterator[Frame]:
         """The frames shown from `start` on and before `end`, in seconds. Of a live source all, as they come.
 
-        Damaged parts are left out and said in `warnings`, as is a file that ends early.
+        Damaged parts are left out and said in `warnings`, as is a file that ends early. Where a file's times start over,
+        as in recordings that were joined, they go on one frame after the last, which is said too.
 
         Raises:
             VideoError: there is no frame at all.
@@ -118,6 +126,8 @@ class Video:
         for margin in _SEEK_MARGINS:  # in some formats a search ends behind what it was for
             if start <= margin or self.duration is None:  # without a length it has no index, and perhaps no times
                 break
+            if start >= self.duration:  # times that start over have led there
+                break
             self._seek(start - margin)
             decoded = self._decoded()
             first = next(decoded, None)
@@ -134,7 +144,7 @@ class Video:
         import av
 
         step = float(1 / (self._stream.average_rate or _FALLBACK_RATE))
-        damaged, frame_time, has_begun = 0, -step, False
+        damaged, frame_time, offset, has_begun = 0, -step, -self._start, False
         aspect = self._pixel_aspect()
         packets = self._container.demux(self._stream)
         while True:
@@ -155,8 +165,12 @@ class Video:
                 if picture.is_corrupt:
                     damaged += has_begun  # before that, it lacks what came before the place where reading began
                     continue
-                has_begun = True
-                frame_time = frame_time + step if picture.time is None else picture.time - self._start
+                time = frame_time + step if picture.time is None else picture.time + offset
+                if has_begun and not self.is_live and time < frame_time - _STARTS_OVER:
+                    self._note_start_over(frame_time)
+                    offset += frame_time + step - time
+                    time = frame_time + step
+                frame_time, has_begun = time, True
                 yield Frame(picture, max(0.0, round(frame_time, 6)), aspect)
         if damaged:
             parts = "1 damaged part was" if damaged == 1 else f"{damaged} damaged parts were"
@@ -170,6 +184,13 @@ class Video:
             self._container.seek(int((time + self._start) * _MICROSECONDS))
         except (av.FFmpegError, OSError):
             return
+
+    def _note_start_over(self, time: float) -> None:
+        if not self._starts_over:
+            self.warnings.append(
+                f"The times of {self.source.name} start over after {time:.1f} s: later ones are counted on from there."
+            )
+        self._starts_over = True
 
     def _pixel_aspect(self) -> Fraction | None:
         aspect = self._stream.sample_aspect_ratio
@@ -207,8 +228,12 @@ def _picture_stream(av: ModuleType, source: Source, container: InputContainer) -
 
 
 def _duration(container: InputContainer, stream: VideoStream) -> float | None:
+    """When the last frame ends, in seconds from the container's start; None if the file does not say."""
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        late = 0.0  # by which the pictures begin after the sound
+        if stream.start_time is not None and container.start_time is not None:
+            late = float(stream.start_time * stream.time_base) - container.start_time / _MICROSECONDS
+        return float(stream.duration * stream.time_base) + max(0.0, late)
     return container.duration / _MICROSECONDS if container.duration else None
 
 

@@ -73,7 +73,7 @@ def parse_source(name: str, *, platform: str = sys.platform) -> Source:
         return _address(name, scheme.lower())
     if colon and scheme in _DEVICES and not os.path.exists(name):
         return Source("device", rest, name, scheme)
-    return Source("file", name, name)
+    return Source("file", f"file:{name}", name)  # which keeps FFmpeg from taking 10:30.mp4 for a protocol
 
 
 def _camera(number: int, platform: str) -> Source:
