@@ -10,14 +10,13 @@ import re
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from mlx_fastvlm.answer import StageClock
 from mlx_fastvlm.errors import ImageError
 from mlx_fastvlm.image_content import ImageContent, recognize
-from mlx_fastvlm.image_decoding import ImageSource, open_image
+from mlx_fastvlm.image_decoding import open_image
 from mlx_fastvlm.image_processing import ImageProcessor
 from mlx_fastvlm.image_source import read_image_bytes
 from mlx_fastvlm.server.api_errors import bad_request, from_library
@@ -26,10 +25,9 @@ from mlx_fastvlm.server.fair_workers import FairWorkers
 from mlx_fastvlm.server.limits import Limits
 from mlx_fastvlm.server.remote_images import fetch_image
 
-_T = TypeVar("_T")
+_Shrunk = tuple[ImageContent, ImageProcessor]  # an image in a model's size, and what gave it that, without `auto`
 
 _KEPT_BYTES = 2**26  # 21 squares of 1024 pixels
-_KEPT_CHOICES = 1000
 _DECODED_AT_ONCE = 2  # each may take four bytes a pixel for a moment, and as much again
 _FETCHED_AT_ONCE = 8  # each mostly waits
 _PNG_BEGINNING = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and then its size
@@ -49,11 +47,8 @@ class Pictures:
         self._decoders = FairWorkers(_DECODED_AT_ONCE, "decode")
         self._fetchers = FairWorkers(_FETCHED_AT_ONCE, "fetch")
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, ImageProcessor], ImageContent] = OrderedDict()  # least recently used first
+        self._kept: OrderedDict[tuple[str, ImageProcessor], _Shrunk] = OrderedDict()  # least recently used first
         self._bytes = 0
-        self._choices: OrderedDict[tuple[str, ImageProcessor], ImageProcessor] = (
-            OrderedDict()
-        )  # of `auto`, oldest first
 
     async def read(
         self, images: Sequence[ImageField], image_processor: ImageProcessor, client: str, clock: StageClock
@@ -76,18 +71,14 @@ class Pictures:
             raise bad_request(
                 f"The request has {len(images)} images; at most {self._limits.max_images} are taken.", "messages"
             )
-        if image_processor.auto is None:
-            return [
-                await self._read(self._decoded, image, image_processor, client, clock) for image in images
-            ], image_processor
-        found = [await self._read(self._chosen, image, image_processor, client, clock) for image in images]
+        found = [await self._read(image, image_processor, client, clock) for image in images]
         largest = max(
             (chosen for _, chosen in found),
             key=lambda each: each.image_size,
             default=replace(image_processor, auto=None),
         )
         contents = [
-            content if chosen == largest else await self._read(self._decoded, image, largest, client, clock)
+            content if chosen == largest else (await self._read(image, largest, client, clock))[0]
             for image, (content, chosen) in zip(images, found, strict=True)
         ]
         return contents, largest
@@ -98,17 +89,12 @@ class Pictures:
         self._fetchers.close()
 
     async def _read(
-        self,
-        work: Callable[[str | bytes, ImageProcessor, StageClock], _T],
-        image: ImageField,
-        image_processor: ImageProcessor,
-        client: str,
-        clock: StageClock,
-    ) -> _T:
-        """What a decoder's work makes of an image's file, which is let go then."""
+        self, image: ImageField, image_processor: ImageProcessor, client: str, clock: StageClock
+    ) -> _Shrunk:
+        """An image, whose file is let go then."""
         try:
             source = await self._source(image, client, clock)
-            return await self._decoders.run(client, work, source, image_processor, clock)
+            return await self._decoders.run(client, self._decoded, source, image_processor, clock)
         except ImageError as error:
             raise from_library(error, image.param) from None
 
@@ -129,60 +115,34 @@ class Pictures:
         clock.lap("fetch")
         return file
 
-    def _decoded(self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock) -> ImageContent:
-        """The image in the model's size, under the digest of the file it came from."""
+    def _decoded(self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock) -> _Shrunk:
+        """The image in the model's size, under the digest of the file it came from, and what gave it that size."""
         clock.lap("wait")
         content = recognize(read_image_bytes(source), image_processor.background, "The image")
-        small = self._known(content, image_processor) or self._shrunk(content, image_processor)
+        found = self._known(content, image_processor) or self._shrunk(content, image_processor)
         clock.lap("decode")
-        return small
+        return found
 
-    def _chosen(
-        self, source: str | bytes, image_processor: ImageProcessor, clock: StageClock
-    ) -> tuple[ImageContent, ImageProcessor]:
-        """The image in the size that `auto` chooses for it, and what gave it that."""
-        clock.lap("wait")
-        content = recognize(read_image_bytes(source), image_processor.background, "The image")
-        name = (content.digest, image_processor)
-        with self._lock:
-            chosen = self._choices.get(name)
-        if chosen is None:
-            picture = self._opened(content, image_processor)
-            chosen = image_processor.chosen_for(picture)
-            small = self._keep(content, chosen, picture)
-            with self._lock:
-                self._choices[name] = chosen
-                while len(self._choices) > _KEPT_CHOICES:
-                    self._choices.popitem(last=False)
-        else:
-            small = self._known(content, chosen) or self._shrunk(content, chosen)
-        clock.lap("decode")
-        return small, chosen
-
-    def _known(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent | None:
+    def _known(self, content: ImageContent, image_processor: ImageProcessor) -> _Shrunk | None:
         with self._lock:
             known = self._kept.get((content.digest, image_processor))
             if known is not None:
                 self._kept.move_to_end((content.digest, image_processor))
             return known
 
-    def _shrunk(self, content: ImageContent, image_processor: ImageProcessor) -> ImageContent:
-        return self._keep(content, image_processor, self._opened(content, image_processor))
-
-    def _opened(self, content: ImageContent, image_processor: ImageProcessor) -> ImageSource:
+    def _shrunk(self, content: ImageContent, image_processor: ImageProcessor) -> _Shrunk:
         self._check_size(content)
-        return open_image(content.open(), background=image_processor.background)
-
-    def _keep(self, content: ImageContent, image_processor: ImageProcessor, picture: ImageSource) -> ImageContent:
-        """The picture in the model's size, from now on known."""
-        small = ImageContent(content.digest, image_processor.to_bytes(picture), content.name)
+        picture = open_image(content.open(), background=image_processor.background)
+        chosen = image_processor.chosen_for(picture)
+        small = ImageContent(content.digest, chosen.to_bytes(picture), content.name)
+        found = small, chosen
         with self._lock:
-            if self._kept.setdefault((content.digest, image_processor), small) is small:
+            if self._kept.setdefault((content.digest, image_processor), found) is found:
                 self._bytes += small.source.nbytes
             while self._bytes > _KEPT_BYTES:
-                _, oldest = self._kept.popitem(last=False)
+                _, (oldest, _) = self._kept.popitem(last=False)
                 self._bytes -= oldest.source.nbytes
-        return small
+        return found
 
     def _check_size(self, content: ImageContent) -> None:
         width, height = _size(content)
